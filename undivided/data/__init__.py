@@ -1,0 +1,6 @@
+"""Small real text, demo weights and procedural data with known truth."""
+
+from undivided.data.demo import demo_model
+from undivided.data.text import DemoTexts, demo_texts, read_text, token_blocks
+
+__all__ = ["DemoTexts", "demo_model", "demo_texts", "read_text", "token_blocks"]

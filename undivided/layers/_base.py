@@ -1,0 +1,131 @@
+"""What every attention mechanism of a language model is: a module that stands where the native one stood."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import nn
+
+from undivided.layers.rotary import PositionEmbeddings
+
+
+_SET_BY_HOST = ("self", "hidden_size", "num_attention_heads", "softcap", "layer_idx")
+
+
+class CausalAttention(nn.Module):
+    """Base of the attention layers that `models.causal_lm` can put into a base model.
+
+    A subclass names its mechanism, builds itself from a native config with `from_config`, and computes
+    `forward(hidden_states [B, N, C], position_embeddings, attention_mask, past_key_values) -> ([B, N, C], None)`,
+    the contract of the attention modules of transformers. What it caches it hands to
+    `past_key_values.update(keys, values, layer_idx)`.
+    """
+
+    mechanism: ClassVar[str]
+    layer_idx: int
+
+    @classmethod
+    def native_dimensions(cls, config: Any) -> dict[str, Any]:
+        """Returns constructor arguments that a native config decides; options override them."""
+        return {}
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        """Returns the constructor arguments that a config may set for this mechanism."""
+        names: list[str] = []
+        for owner in cls.__mro__:
+            parameters = inspect.signature(owner.__init__).parameters.values()
+            named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+            names += [name for name in named if name not in (*names, *_SET_BY_HOST)]
+            if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+                break
+        return names
+
+    @classmethod
+    def from_config(cls, config: Any, layer_idx: int, **options: Any) -> Self:
+        """Builds the layer for one layer of a base model: sizes from its config, the rest from `options`.
+
+        Raises:
+            ValueError: an option is unknown, or a size is missing that this base model cannot tell.
+        """
+        known = cls.option_names()
+        for name in options:
+            if name not in known:
+                raise ValueError(f'mechanism "{cls.mechanism}" has no option {name!r}; it has {", ".join(known)}.')
+        arguments = base_dimensions(config) | cls.native_dimensions(config) | options
+        required = [
+            p.name
+            for p in inspect.signature(cls.__init__).parameters.values()
+            if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"
+        ]
+        missing = [name for name in required if name not in arguments]
+        if missing:
+            raise ValueError(
+                f'mechanism "{cls.mechanism}" needs {", ".join(missing)}: the {config.model_type} config does not tell.'
+            )
+        return cls(**arguments, layer_idx=layer_idx)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: PositionEmbeddings | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        raise NotImplementedError
+
+
+def check_arguments(layer: str, **kwargs: Any) -> None:
+    """Refuses forward keywords that would change the result and that no layer here computes."""
+    for name in ("s_aux", "position_bias", "cu_seq_lens_q", "cu_seq_lens_k"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{layer} got {name}, which it does not compute; call the model without it.")
+
+
+def base_dimensions(config: Any) -> dict[str, Any]:
+    """Returns the sizes that every mechanism takes from a native config, in the constructor's words.
+
+    Raises:
+        ValueError: attention dropout is on; no layer of this library drops attention weights.
+    """
+    dropout = getattr(config, "attention_dropout", 0.0)
+    if dropout:
+        raise ValueError(f"attention_dropout={dropout} is not supported by the layers here; set it to 0.0.")
+    return {
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "softcap": getattr(config, "attn_logit_softcapping", None),
+    }
+
+
+def grouped_query_dimensions(config: Any) -> dict[str, Any]:
+    """Returns the sizes of the native grouped-query attention of a base model, in the constructor's words."""
+    bias = {"qwen2": True, "mistral": False}.get(config.model_type, getattr(config, "attention_bias", False))
+    scalar = getattr(config, "query_pre_attn_scalar", None)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return {
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": head_dim,
+        "query_bias": bias,
+        "key_value_bias": bias,
+        "output_bias": bias and config.model_type != "qwen2",
+        "scale": (head_dim if scalar is None else scalar) ** -0.5,
+    }
+
+
+def additive_or_boolean(attention_mask: torch.Tensor | None, num_keys: int) -> torch.Tensor | None:
+    """Returns a 4-D mask cut to the keys at hand (static caches hand over longer ones).
+
+    Raises:
+        TypeError: the mask is of a kind made for another attention implementation.
+    """
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 4:
+        raise TypeError(
+            'attention_mask must be 4-D; load the model with attn_implementation="sdpa" or "eager".'
+        )
+    return attention_mask[..., :num_keys]

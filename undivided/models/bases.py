@@ -1,0 +1,23 @@
+"""The base models that the host can change: which they are, and why some are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SUPPORTED: tuple[str, ...] = ("llama", "qwen2", "mistral", "gemma2", "deepseek_v2", "deepseek_v3")
+
+REFUSED: dict[str, str] = {
+    "qwen3": "it normalises query and key after their projections, which no latent form here can absorb",
+    "gemma3": "it normalises query and key after their projections, which no latent form here can absorb",
+    "gemma3_text": "it normalises query and key after their projections, which no latent form here can absorb",
+}
+
+
+def check_supported(config: Any) -> None:
+    """Raises a ValueError with the reason and the supported types, unless `config` is of a supported base model."""
+    if config.model_type in SUPPORTED:
+        return
+    reason = REFUSED.get(config.model_type, "it has not been tried")
+    raise ValueError(
+        f'model_type "{config.model_type}" is not supported: {reason}. Supported: {", ".join(SUPPORTED)}.'
+    )
