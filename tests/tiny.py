@@ -80,7 +80,10 @@ def tiny_model(
                 # Gemma's norms multiply by one plus the weight.
                 centre = 0.0 if model_type.startswith("gemma") else 1.0
                 parameter.copy_(centre + 0.2 * noise)
-    return model.to(dtype).eval()
+    # Not model.to(dtype): as in a loaded checkpoint, the buffers (rotary frequencies) stay in float32.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model.eval()
 
 
 def tiny_llama(*, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from undivided import __version__
+
 DEVICES = ("cpu", "cuda")
 
 
@@ -145,7 +147,7 @@ def measured(
         baseline=baseline,
         ratio=ratio,
         required=required,
-        holds=None if required is None else ratio >= required,
+        holds=None if required is None or ratio is None else ratio >= required,
         fraction_of_ceiling=fraction_of_ceiling,
         device="",
         versions={},
@@ -176,16 +178,18 @@ def run(claim: Claim, device: str, quick: bool = False) -> Iterator[Row]:
         claim.gate(device)
     except Exception as error:
         raise GateError(f'the gate of "{claim.slug}" failed, so nothing was timed: {error}') from error
-    stamp = {
-        "slug": claim.slug,
-        "device": device_name(device),
-        "versions": versions(device),
-        "command": f"undivided reproduce {claim.slug} --device {device}{' --quick' if quick else ''}",
-    }
+    where, found = device_name(device), versions(device)
+    command = f"undivided reproduce {claim.slug} --device {device}{' --quick' if quick else ''}"
     torch.manual_seed(0)
     for row in claim.measure(device, quick):
-        now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        yield dataclasses.replace(row, date=now, **stamp)
+        yield dataclasses.replace(
+            row,
+            slug=claim.slug,
+            device=where,
+            versions=found,
+            command=command,
+            date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        )
 
 
 def choose_device(claim: Claim, wanted: str = "auto") -> str:
@@ -233,8 +237,8 @@ def clock() -> str:
 
 def versions(device: str) -> dict[str, str]:
     """Versions of Python, of the packages that matter and, on CUDA, of the toolkit and the driver."""
-    found = {"python": platform.python_version()}
-    for package in ("undivided", "torch", "triton", "transformers", "timm", "numpy"):
+    found = {"undivided": __version__, "python": platform.python_version()}
+    for package in ("torch", "triton", "transformers", "timm", "numpy"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -3,6 +3,8 @@
 On CUDA each sample is one call, or one replay of its CUDA graph, between two events, after a write that
 evicts the L2 cache. On a CPU a sample is as many calls as take a few milliseconds. On both, the rivals take
 turns in one process, so that clocks, heat and neighbours weigh on all of them alike.
+
+Two events around a kernel of one element are about 4 us apart on an H100; nothing is subtracted for that.
 """
 
 from __future__ import annotations

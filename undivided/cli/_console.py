@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import TypeVar
 
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 
 T = TypeVar("T")
@@ -16,6 +16,7 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 _SECONDS_BETWEEN_LINES = 10.0
+_LONGEST_ROW = 10_000
 
 
 def note(message: str) -> None:
@@ -60,7 +61,7 @@ def table(
     numeric: Sequence[str] = (),
     title: str | None = None,
 ) -> None:
-    """Print a table on stdout: fitted to a terminal, and never cut or wrapped where there is none.
+    """Print a table on stdout, as `show` does.
 
     Args:
         columns: headings.
@@ -73,8 +74,15 @@ def table(
         grid.add_column(name, justify="right" if name in numeric else "left", header_style="bold")
     for row in rows:
         grid.add_row(*("" if value is None else str(value) for value in row))
+    show(grid)
+
+
+def show(grid: Table) -> None:
+    """Print a rich table on stdout: fitted to a terminal, and as wide as its rows where there is none."""
     if out.is_terminal:
         out.print(grid, markup=False)
-    else:
-        width = Measurement.get(out, out.options.update(width=10_000), grid).maximum
-        out.print(grid, width=width, crop=False, markup=False)
+        return
+    text = io.StringIO()
+    Console(file=text, width=_LONGEST_ROW).print(grid, markup=False)
+    for line in text.getvalue().splitlines():
+        out.print(line.rstrip(), markup=False, soft_wrap=True)

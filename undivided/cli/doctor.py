@@ -69,10 +69,9 @@ def _devices() -> list[dict[str, str]]:
     devices = [{"device": "cpu", "name": processor, "details": threads}]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        details = (
-            f"{properties.total_memory / 2**30:.0f} GiB, compute capability {properties.major}.{properties.minor}, "
-            f"{properties.multi_processor_count} multiprocessors, CUDA {torch.version.cuda}"
-        )
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        capability = f"compute capability {properties.major}.{properties.minor}"
+        details = f"{memory}, {capability}, CUDA {torch.version.cuda}"
         devices.append({"device": f"cuda:{index}", "name": properties.name, "details": details})
     return devices
 

@@ -24,8 +24,8 @@ def command(
 ) -> None:
     """Measure a paper's claim here, beside its own figure.
 
-    The claim's gate runs first: nothing is timed if results are wrong. Rows are added to OUTPUT/SLUG.jsonl as they
-    are measured, and OUTPUT/RESULTS.md is renewed. The exit status is 1 if a bar does not hold.
+    The claim's gate runs first: nothing is timed if results are wrong. Rows are added to OUTPUT/SLUG.jsonl as
+    they are measured, and OUTPUT/RESULTS.md is renewed. The exit status is 1 if a bar does not hold.
     """
     if every == (slug is not None):
         raise ValueError("give either a system or --all.")
@@ -86,7 +86,7 @@ def _complain(message: str) -> None:
 
 
 def _print_rows(claim: Claim, rows: list[Row]) -> None:
-    from rich.measure import Measurement
+    from rich.console import Console
     from rich.table import Table
 
     for line in (f"{claim.source}:", *(f"  {figure}" for figure in claim.paper)):
@@ -98,9 +98,5 @@ def _print_rows(claim: Claim, rows: list[Row]) -> None:
     for row in rows:
         lost = row.holds is False or (row.ratio is not None and row.ratio < 1)
         table.add_row(*_results.cells(row), style="red" if lost else None)
-    if out.is_terminal:
-        out.print(table, markup=False)
-    else:
-        # A log has no width; wrapped cells are hard to search.
-        width = Measurement.get(out, out.options.update(width=10_000), table).maximum
-        out.print(table, width=width, crop=False, markup=False)
+    # Where there is no terminal there is no width to fit, and whole lines are easier to search.
+    (out if out.is_terminal else Console(file=out.file, width=10_000)).print(table, markup=False)

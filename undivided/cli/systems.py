@@ -56,16 +56,21 @@ def _selected(kind: str | None, state: str | None) -> list[System]:
 
 
 def _list(rows: list[System]) -> None:
-    from undivided.cli._console import note, table
+    from rich.console import Console
+    from rich.table import Table
 
-    table(
-        ("#", "system", "paper", "kind", "state", "where", "fidelity"),
-        [
-            (row.number, row.slug, f"arXiv {row.arxiv}", row.kind, row.state, _rooms(row), row.fidelity)
-            for row in rows
-        ],
-        numeric=("#",),
-    )
+    from undivided.cli._console import note, out
+
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("#", justify="right", header_style="bold")
+    for head in ("system", "paper", "kind", "state", "where", "fidelity"):
+        # Only modules may wrap: a name that is cut or split cannot be typed.
+        table.add_column(head, no_wrap=head != "where", overflow="fold", header_style="bold")
+    for row in rows:
+        names = (row.slug, row.arxiv, row.kind, row.state, _rooms(row), row.fidelity or "")
+        table.add_row(str(row.number), *names)
+    # Where there is no terminal there is no width to fit, and whole lines are easier to search.
+    (out if out.is_terminal else Console(file=out.file, width=10_000)).print(table, markup=False)
     counts = ", ".join(f"{sum(row.state == state for row in rows)} {state}" for state in reversed(STATES))
     note(f'{len(rows)} systems: {counts}. "layers" stands for undivided.layers.SYSTEM, and so on.')
 

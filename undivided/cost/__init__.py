@@ -5,7 +5,7 @@ attention over devices; the formulas of each are pure functions in `undivided.co
 nominal figures are in `undivided.cost.devices`. `undivided plan` prints the comparison. No weights, no torch.
 """
 
-from undivided.cost.arrangements import OWN
+from undivided.cost.arrangements import OWN, TRAINED
 from undivided.cost.attention import (
     AttentionShape,
     GroupedShape,
@@ -33,6 +33,7 @@ __all__ = [
     "ITEMSIZE",
     "OWN",
     "PRESETS",
+    "TRAINED",
     "AttentionShape",
     "Device",
     "ExpertShape",

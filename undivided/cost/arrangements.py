@@ -17,6 +17,9 @@ SLICED = "approximates MLA"
 TRAINED = "needs training"
 OTHER = "another model"
 
+GroupedFormula = Callable[[GroupedShape, int], RankAttention]
+LatentFormula = Callable[[LatentShape, int], RankAttention]
+
 
 @dataclass(frozen=True)
 class Arrangement:
@@ -36,8 +39,8 @@ class Arrangement:
     label: str
     relation: str
     layers: tuple[AttentionShape, ...]
-    grouped: Callable[[GroupedShape, int], RankAttention]
-    latent: Callable[[LatentShape, int], RankAttention]
+    grouped: GroupedFormula
+    latent: LatentFormula
     num_shards: int = 1
 
     def loads(self, world_size: int) -> list[RankAttention]:
@@ -129,49 +132,41 @@ def _latent(
         relations = {key: OTHER if relation == OWN else relation for key, relation in relations.items()}
     plural = "s" if shards > 1 else ""
     by_heads = formulas.grouped_tensor_parallel
-    return [
-        Arrangement(
-            "mla-tensor",
-            "MLA, tensor parallel",
-            relations["mla"],
-            layers,
-            grouped=by_heads,
-            latent=formulas.latent_tensor_parallel,
-        ),
-        Arrangement(
-            "mla-data",
-            "MLA, data parallel",
-            relations["mla"],
-            layers,
-            grouped=formulas.grouped_data_parallel,
-            latent=formulas.latent_data_parallel,
-        ),
-        Arrangement(
+    table: list[tuple[str, str, GroupedFormula, LatentFormula]] = [
+        ("mla-tensor", "MLA, tensor parallel", by_heads, formulas.latent_tensor_parallel),
+        ("mla-data", "MLA, data parallel", formulas.grouped_data_parallel, formulas.latent_data_parallel),
+        (
             "mla-context",
             "MLA, context parallel",
-            relations["mla"],
-            layers,
-            grouped=formulas.grouped_context_parallel,
-            latent=formulas.latent_context_parallel,
+            formulas.grouped_context_parallel,
+            formulas.latent_context_parallel,
         ),
-        Arrangement(
+        (
             "gla",
             f"GLA, {shards} group{plural}",
-            relations["gla"],
-            layers,
-            grouped=by_heads,
-            latent=partial(formulas.latent_grouped, num_shards=shards),
-            num_shards=shards,
+            by_heads,
+            partial(formulas.latent_grouped, num_shards=shards),
         ),
-        Arrangement(
+        (
             "tpla",
             f"TPLA, {shards} shard{plural}",
-            relations["tpla"],
-            layers,
-            grouped=by_heads,
-            latent=partial(formulas.latent_sharded, num_shards=shards),
-            num_shards=shards,
+            by_heads,
+            partial(formulas.latent_sharded, num_shards=shards),
         ),
+    ]
+    groups_divide_heads = shards > 0 and all(layer.num_heads % shards == 0 for layer in latents)
+    return [
+        Arrangement(
+            key=key,
+            label=label,
+            relation=relations[key.partition("-")[0]],
+            layers=layers,
+            grouped=grouped,
+            latent=latent,
+            num_shards=shards if key in ("gla", "tpla") else 1,
+        )
+        for key, label, grouped, latent in table
+        if key != "gla" or groups_divide_heads
     ]
 
 

@@ -9,8 +9,9 @@ bytes.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 ITEMSIZE = {"fp8": 1, "fp16": 2, "bf16": 2, "fp32": 4}
 
@@ -89,27 +90,29 @@ def get_device(
             0.
     """
     given = {"memory_gb": memory_gb, "bandwidth_tb": bandwidth_tb, "tflops": tflops, "link_gb": link_gb}
-    figures = {key: value for key, value in given.items() if value is not None}
-    for key, value in figures.items():
-        if value <= 0:
-            raise ValueError(f"{key} is {value}; it must be above 0.")
-    rates = {} if tflops is None else {"tflops": dict.fromkeys(ITEMSIZE, tflops)}
+    for argument, value in given.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{argument} is {value}; it must be above 0 and finite.")
+    rates = None if tflops is None else dict.fromkeys(ITEMSIZE, tflops)
     key = name.lower()
     if key == "custom":
-        missing = [
-            argument for argument in ("memory_gb", "bandwidth_tb", "tflops") if argument not in figures
-        ]
-        if missing:
+        if memory_gb is None or bandwidth_tb is None or rates is None:
+            missing = [
+                argument for argument in ("memory_gb", "bandwidth_tb", "tflops") if given[argument] is None
+            ]
             raise ValueError(
-                f'device "custom" needs memory_gb, bandwidth_tb and tflops; {_and(missing)} missing.'
+                f'device "custom" needs memory_gb, bandwidth_tb and tflops; missing: {", ".join(missing)}.'
             )
-        return Device(**{"name": "custom", **figures, **rates})
+        return Device("custom", memory_gb, bandwidth_tb, rates, link_gb)
     if key not in DEVICES:
         close = difflib.get_close_matches(key, DEVICES, n=1)
         meant = f' Did you mean "{close[0]}"?' if close else ""
         raise ValueError(f'device "{name}" is not known.{meant} Known: {", ".join(DEVICES)}, custom.')
-    return replace(DEVICES[key], **{**figures, **rates})
-
-
-def _and(words: list[str]) -> str:
-    return words[0] + " is" if len(words) == 1 else ", ".join(words[:-1]) + f" and {words[-1]} are"
+    known = DEVICES[key]
+    return Device(
+        name=key,
+        memory_gb=memory_gb or known.memory_gb,
+        bandwidth_tb=bandwidth_tb or known.bandwidth_tb,
+        tflops=rates or known.tflops,
+        link_gb=link_gb or known.link_gb,
+    )

@@ -165,16 +165,17 @@ def plan(
     for name, value in (("context", context), ("batch", batch), ("world_size", world_size)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1.")
-    for name, value in (("dtype", dtype), ("weight_dtype", weight_dtype)):
-        if value is not None and value not in ITEMSIZE:
-            raise ValueError(f'{name} "{value}" is not known; {", ".join(ITEMSIZE)} are.')
+    weight_dtype = dtype if weight_dtype is None else weight_dtype
+    for name, chosen in (("dtype", dtype), ("weight_dtype", weight_dtype)):
+        if chosen not in ITEMSIZE:
+            raise ValueError(f'{name} "{chosen}" is not known; {", ".join(ITEMSIZE)} are.')
     if reserve_gb is None:
         reserve_gb = 0.1 * device.memory_gb
     if not 0 <= reserve_gb < device.memory_gb:
         raise ValueError(
             f"reserve_gb is {reserve_gb}; it must be at least 0 and below the device's {device.memory_gb}."
         )
-    workload = _Workload(device, context, batch, world_size, dtype, weight_dtype or dtype, reserve_gb)
+    workload = _Workload(device, context, batch, world_size, dtype, weight_dtype, reserve_gb)
     rows = [
         _row(model, arrangement, workload)
         for arrangement in arrangements(model, world_size, latent_dim, rope_dim, num_shards)
@@ -244,9 +245,8 @@ def _row(model: ModelShape, arrangement: Arrangement, workload: _Workload) -> Pl
     link_seconds = 0.0 if device.link_gb is None else link_bytes / (1e9 * device.link_gb)
     step_seconds = core_seconds + weight_seconds + link_seconds
     core_bytes, core_flops = sum(part.bytes for part in core), sum(part.flops for part in core)
-    memory_bound = core_bytes / device.bytes_per_second >= core_flops / device.flops_per_second(
-        workload.dtype
-    )
+    ridge = device.flops_per_second(workload.dtype) / device.bytes_per_second
+    intensity = core_flops / core_bytes
     cache_bytes_per_token = sequence_bytes / workload.context / batch_split
     return PlanRow(
         arrangement=arrangement.key,
@@ -259,8 +259,8 @@ def _row(model: ModelShape, arrangement: Arrangement, workload: _Workload) -> Pl
         fits=batch <= largest,
         core_bytes=core_bytes,
         core_flops=core_flops,
-        arithmetic_intensity=core_flops / core_bytes,
-        bound="memory" if memory_bound else "compute",
+        arithmetic_intensity=intensity,
+        bound="memory" if intensity <= ridge else "compute",
         projection_bytes=sum(part.bytes for part in projections),
         projection_flops=sum(part.flops for part in projections),
         other_bytes=sum(part.bytes for part in others),

@@ -24,7 +24,7 @@ def demo_model(
     figures published for the original weights.
 
     Args:
-        cache_dir: where the folder is kept; by default `undivided` in the user's cache folder.
+        cache_dir: where the folder is kept; by default in the Hugging Face cache.
         progress: called with a sentence before each slow step.
 
     Returns:

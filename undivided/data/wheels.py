@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import subprocess
 import sys
 import tempfile
@@ -16,10 +15,13 @@ Say = Callable[[str], None]
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """Returns where downloads are kept: `cache_dir`, or `undivided` in the user's cache folder (XDG)."""
+    """Returns where downloads are kept: `cache_dir`, or this library's assets in the Hugging Face cache."""
     if cache_dir is not None:
         return Path(cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "undivided"
+    from huggingface_hub import cached_assets_path
+
+    # Whoever has moved that cache (HF_HOME, XDG_CACHE_HOME) has done so for large files like these.
+    return cached_assets_path("undivided", namespace="data", subfolder="demo")
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,12 @@ from undivided.distributed.attention import RankLatentAttention
 from undivided.distributed.collectives import Collectives
 from undivided.distributed.layout import Layout
 from undivided.models.causal_lm import UndividedForCausalLM
+from undivided.models.checkpoint import check_folder
 from undivided.models.configuration import UndividedConfig
+from undivided.models.registration import MODEL_TYPE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class RankMLP(nn.Module):
@@ -51,10 +56,35 @@ class RankMLP(nn.Module):
         }
 
 
+def open_distributed(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    shard_mlp: bool = False,
+) -> tuple[UndividedForCausalLM, PreTrainedTokenizerBase]:
+    """Checks a converted checkpoint folder and loads this rank's part of the model, and the tokenizer.
+
+    Arguments, results and errors are those of `load_distributed`; a folder that is damaged, or that holds a native
+    model, is refused with a sentence before anything is loaded.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a folder; over ranks only a converted checkpoint folder can be loaded.")
+    check_folder(path)
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    if config.model_type != MODEL_TYPE:
+        raise ValueError(f"{path} holds a native {config.model_type} model; convert it to mla or tpla first.")
+    model = load_distributed(path, dtype=dtype, device=device, shard_mlp=shard_mlp)
+    return model, AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
 def load_distributed(
     path: str | Path,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     shard_mlp: bool = False,
 ) -> UndividedForCausalLM:
@@ -65,7 +95,7 @@ def load_distributed(
 
     Args:
         path: a folder written by a converter.
-        dtype: of the loaded weights.
+        dtype: of the loaded weights; by default the checkpoint's.
         device: where they go.
         shard_mlp: also split the MLPs over the ranks.
 
@@ -98,7 +128,7 @@ def load_distributed(
                 mlp = RankMLP(layer.mlp, layout.rank, layout.world_size, collectives)
                 slices |= {f"{prefix}.mlp.{k}": v for k, v in mlp.slices().items()}
                 layer.mlp = mlp
-    _read_parts(model, path, slices, dtype)
+    _read_parts(model, path, slices, dtype or config.dtype or torch.float32)
     model.to(device).eval()
     model.collectives = collectives
     return model

@@ -10,7 +10,6 @@ from torch import nn
 
 from undivided.layers.rotary import PositionEmbeddings
 
-
 _SET_BY_HOST = ("self", "hidden_size", "num_attention_heads", "softcap", "layer_idx")
 
 
@@ -114,6 +113,21 @@ def grouped_query_dimensions(config: Any) -> dict[str, Any]:
         "output_bias": bias and config.model_type != "qwen2",
         "scale": (head_dim if scalar is None else scalar) ** -0.5,
     }
+
+
+def filled_keys(
+    attention_mask: torch.Tensor | None, past_key_values: Any, layer_idx: int, *cached: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Returns what a cache handed over, `[B, heads, length, .]` each, without places that are not filled yet.
+
+    A static cache hands over all its places, and a prompt may come without a mask: causality, aligned bottom
+    right, would then count from the last place instead of the last key. With a mask nothing is cut.
+    """
+    length = past_key_values.get_seq_length(layer_idx) if attention_mask is None else None
+    # Growing caches count in Python; only a static one counts in a tensor.
+    if isinstance(length, torch.Tensor):
+        return tuple(tensor[:, :, : int(length)] for tensor in cached)
+    return cached
 
 
 def additive_or_boolean(attention_mask: torch.Tensor | None, num_keys: int) -> torch.Tensor | None:

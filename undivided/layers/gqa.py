@@ -11,6 +11,7 @@ from undivided.layers._base import (
     CausalAttention,
     additive_or_boolean,
     check_arguments,
+    filled_keys,
     grouped_query_dimensions,
 )
 from undivided.layers.rotary import PositionEmbeddings, apply_rotary, rotary_tables
@@ -91,6 +92,7 @@ class GQAttention(CausalAttention):
         query, key = (apply_rotary(x, cos, sin, interleaved=False) for x in (query, key))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = filled_keys(attention_mask, past_key_values, self.layer_idx, key, value)
         mask = additive_or_boolean(attention_mask, key.shape[2])
         out = dense_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale, softcap=self.softcap

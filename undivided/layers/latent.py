@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from undivided.layers._base import CausalAttention, additive_or_boolean, check_arguments
+from undivided.layers._base import CausalAttention, additive_or_boolean, check_arguments, filled_keys
 from undivided.layers.rotary import PositionEmbeddings, apply_rotary, rotary_tables
 from undivided.ops import dense_attention, latent_attention
 
@@ -158,6 +158,11 @@ class LatentAttention(CausalAttention):
             table[..., :: self.rope_stride].repeat(1, 1, self.rope_repeats)
             for table in rotary_tables(position_embeddings)
         )
+        if 2 * cos.shape[-1] != self.rope_dim:
+            raise ValueError(
+                f"rope_dim={self.rope_dim} does not fit the base model's rotary frequencies: rope_stride="
+                f"{self.rope_stride} and rope_repeats={self.rope_repeats} select {2 * cos.shape[-1]} dimensions."
+            )
         return apply_rotary(x, cos, sin, self.rope_interleaved)
 
     def normalise(self, latent: torch.Tensor, exact: bool) -> torch.Tensor:
@@ -205,6 +210,7 @@ class LatentAttention(CausalAttention):
         rope_key = self.rotate(rope_key[:, None], position_embeddings)
         if past_key_values is not None:
             latent, rope_key = past_key_values.update(latent, rope_key, self.layer_idx)
+            latent, rope_key = filled_keys(attention_mask, past_key_values, self.layer_idx, latent, rope_key)
         mask = additive_or_boolean(attention_mask, latent.shape[2])
         return self.project_output(self.attend(query_nope, query_rope, latent, rope_key, mask, exact)), None
 

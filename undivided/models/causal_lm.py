@@ -75,7 +75,9 @@ class UndividedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _exchange(self, layer_idx: int, entry: dict[str, Any]) -> None:
         options = {name: value for name, value in entry.items() if name != "mechanism"}
-        module = causal_attention(entry["mechanism"]).from_config(self.config.base_config, layer_idx, **options)
+        module = causal_attention(entry["mechanism"]).from_config(
+            self.config.base_config, layer_idx, **options
+        )
         self.set_attention(layer_idx, module, **options)
 
     def get_input_embeddings(self) -> nn.Module:

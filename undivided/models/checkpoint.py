@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Checkpoint",
     "WorkFolder",
+    "check_folder",
     "open_checkpoint",
     "prepare_target",
     "provenance",
@@ -90,20 +91,27 @@ def open_checkpoint(
         Model, tokenizer, folder and name.
 
     Raises:
-        ValueError: there is no such checkpoint, it is damaged, or its kind is not supported.
+        ValueError: there is no such checkpoint or device, it is damaged, or its kind is not supported.
         OSError: the demo model could not be fetched.
     """
+    if device is not None:
+        _check_device(device)
     path, name = _find(src, cache_dir, progress)
-    _check_config(path)
-    _check_weights(path)
-    if not any((path / file).is_file() for file in _TOKENIZERS):
-        raise ValueError(f"{path} has no tokenizer; it needs one of {', '.join(_TOKENIZERS)}.")
+    check_folder(path)
     progress(f"loading {name}")
     with _only_errors_logged():
         model, tokenizer = _load(path, dtype)
     if device is not None:
         model.to(device)
     return Checkpoint(model=model.eval(), tokenizer=tokenizer, path=path, name=name)
+
+
+def check_folder(path: Path) -> None:
+    """Raises a ValueError unless a folder has a supported config, undamaged weights and a tokenizer."""
+    _check_config(path)
+    _check_weights(path)
+    if not any((path / file).is_file() for file in _TOKENIZERS):
+        raise ValueError(f"{path} has no tokenizer; it needs one of {', '.join(_TOKENIZERS)}.")
 
 
 def save_checkpoint(
@@ -173,6 +181,17 @@ def provenance(
     }
 
 
+def _check_device(device: torch.device | str) -> None:
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f'device="{device}" is not a device; use "cpu", "cuda" or "cuda:0".') from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f'device="{device}" needs a GPU, and torch finds none; use "cpu".')
+
+
 def _find(src: str | Path, cache_dir: str | Path | None, progress: Callable[[str], None]) -> tuple[Path, str]:
     """The folder and the name of a checkpoint, fetched if the name asks for it."""
     path = Path(src).expanduser()
@@ -216,7 +235,7 @@ def _check_config(path: Path) -> None:
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         raise ValueError(f"{path} is not a checkpoint: no config.json; it has {shown or 'no files'}.")
     config = _read_json(file)
-    if config.get("model_type") is None:
+    if not isinstance(config.get("model_type"), str):
         raise ValueError(f'{file} has no "model_type"; transformers cannot tell what model it is.')
     if config["model_type"] != MODEL_TYPE:
         try:
@@ -224,8 +243,9 @@ def _check_config(path: Path) -> None:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown method")
-        raise ValueError(f"{path} holds quantised weights ({method}); give the checkpoint in floating point.")
+        raise ValueError(
+            f"{path} holds quantised weights ({config['quantization_config']}); give them in floating point."
+        )
 
 
 def _check_weights(path: Path) -> None:
@@ -321,8 +341,9 @@ def _load(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTr
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"the tokenizer in {path} cannot be read: {_line(error)}") from error
     rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise ValueError(f"{path}: the tokenizer has {len(tokenizer)} tokens, the model embeds {rows}.")
+    # Without added tokens: many good checkpoints have one that is never embedded, to pad with.
+    if tokenizer.vocab_size > rows:
+        raise ValueError(f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model embeds {rows}.")
     return model, tokenizer
 
 

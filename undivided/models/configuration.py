@@ -54,7 +54,9 @@ class UndividedConfig(PreTrainedConfig):
             )
         for index, entry in enumerate(self.attention):
             if entry is not None and (not isinstance(entry, dict) or "mechanism" not in entry):
-                raise ValueError(f'attention[{index}]={entry!r} must be None or a dict with the key "mechanism".')
+                raise ValueError(
+                    f'attention[{index}]={entry!r} must be None or a dict with the key "mechanism".'
+                )
         # Special tokens and tying are the base model's; the library reads them from the outer config too.
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
             setattr(self, name, getattr(self.base_config, name, None))

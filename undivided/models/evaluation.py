@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,16 @@ from undivided.data.text import token_blocks
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 DEFAULT_BLOCK = 2048
 # Rows of logits turned into float32 log-probabilities at once: 256 x 128K words are 134 MB.
 _ROWS = 256
+
+
+def no_progress(items: Iterable[Any], description: str) -> Iterable[Any]:
+    """The default `progress`: goes through `items` and says nothing."""
+    return items
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,15 @@ class Comparison:
         kl: mean over positions of KL(reference || model), in nats.
         agreement: fraction of positions where both give the same token the highest probability.
         tokens: number of positions.
+        model: what `perplexity` gives for the model.
+        reference: what `perplexity` gives for the reference.
     """
 
     kl: float
     agreement: float
     tokens: int
+    model: Evaluation
+    reference: Evaluation
 
 
 def perplexity(
@@ -60,7 +69,7 @@ def perplexity(
     *,
     block: int | None = None,
     max_tokens: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Evaluation:
     """Perplexity of a causal language model on a text cut into non-overlapping blocks.
 
@@ -73,7 +82,7 @@ def perplexity(
         text: the text.
         block: tokens a block; by default 2048, or the model's context if that is shorter.
         max_tokens: use only so many tokens of the text.
-        progress: called with (tokens done, tokens in all) after each block.
+        progress: wraps the loop over blocks; called with an iterable and a description.
 
     Returns:
         Perplexity, mean negative log-likelihood in nats, number of predicted tokens.
@@ -83,7 +92,7 @@ def perplexity(
     """
     total, tokens = 0.0, 0
     with _evaluating(model):
-        for ids in _blocks(model, tokenizer, text, block, max_tokens, progress):
+        for ids in progress(_blocks(model, tokenizer, text, block, max_tokens), "perplexity"):
             ids = ids.to(model.device)
             logits = model(ids, use_cache=False).logits[0, :-1]
             total += _nll(logits, ids[0, 1:]).item()
@@ -97,8 +106,8 @@ def decode_perplexity(
     text: str,
     *,
     prefix: int | None = None,
-    max_tokens: int = 512,
-    progress: Progress | None = None,
+    max_tokens: int | None = None,
+    progress: Progress = no_progress,
 ) -> Evaluation:
     """Perplexity of the second part of a text, read token by token through the cache.
 
@@ -108,10 +117,11 @@ def decode_perplexity(
     Args:
         model: the model.
         tokenizer: its tokenizer.
-        text: the text; its first `max_tokens` tokens are used.
-        prefix: tokens to prefill; by default half of them.
-        max_tokens: tokens in all.
-        progress: called with (tokens done, tokens in all) after each token.
+        text: the text.
+        prefix: tokens to prefill; by default half of all.
+        max_tokens: use only so many tokens of the text; by default 512, or the model's context if that is
+            shorter.
+        progress: wraps the loop over tokens; called with an iterable and a description.
 
     Returns:
         Perplexity, mean negative log-likelihood in nats, number of predicted tokens.
@@ -120,8 +130,8 @@ def decode_perplexity(
         ValueError: max_tokens exceeds the context, prefix leaves nothing to predict, or logits are not
             finite.
     """
-    block = _block(model, max_tokens, "max_tokens")
-    ids = token_blocks(tokenizer, text, block, max_tokens)[0].to(model.device)
+    block = _block(model, max_tokens, "max_tokens", default=512)
+    ids = token_blocks(tokenizer, text, block, block)[0].to(model.device)
     length = ids.shape[1]
     prefix = length // 2 if prefix is None else prefix
     if not 1 <= prefix < length:
@@ -129,10 +139,8 @@ def decode_perplexity(
     total = 0.0
     with _evaluating(model):
         output = model(ids[:, :prefix], use_cache=True)
-        for position in range(prefix, length):
+        for position in progress(range(prefix, length), "decoding"):
             total += _nll(output.logits[0, -1:], ids[0, position : position + 1]).item()
-            if progress is not None:
-                progress(position + 1 - prefix, length - prefix)
             if position + 1 < length:
                 token = ids[:, position : position + 1]
                 output = model(token, past_key_values=output.past_key_values, use_cache=True)
@@ -147,7 +155,7 @@ def compare(
     *,
     block: int | None = None,
     max_tokens: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Comparison:
     """Distance of a model from a reference, position by position of a text.
 
@@ -161,30 +169,39 @@ def compare(
         text: the text.
         block: tokens a block; by default 2048, or the shorter context of the two if that is shorter.
         max_tokens: use only so many tokens of the text.
-        progress: called with (tokens done, tokens in all) after each block.
+        progress: wraps the loop over blocks; called with an iterable and a description.
 
     Returns:
-        Mean KL divergence in nats, fraction of equal most probable tokens, number of positions.
+        Mean KL divergence in nats, fraction of equal most probable tokens, and both perplexities.
 
     Raises:
         ValueError: the vocabularies differ, the block exceeds a context, or logits are not finite.
     """
-    block = min(_block(model, block, "block"), _block(reference, block, "block"))
-    total, equal, tokens = 0.0, 0, 0
+    block = min(_block(model, block), _block(reference, block))
+    kl, nll, reference_nll, equal, tokens = 0.0, 0.0, 0.0, 0, 0
     with _evaluating(model), _evaluating(reference):
-        for ids in _blocks(model, tokenizer, text, block, max_tokens, progress):
+        for ids in progress(_blocks(model, tokenizer, text, block, max_tokens), "comparison"):
             logits = model(ids.to(model.device), use_cache=False).logits[0, :-1]
             wanted = reference(ids.to(reference.device), use_cache=False).logits[0, :-1].to(logits.device)
             if logits.shape != wanted.shape:
                 raise ValueError(
                     f"model has {logits.shape[-1]} words, reference {wanted.shape[-1]}: not one vocabulary."
                 )
+            targets = ids[0, 1:].to(logits.device)
+            nll += _nll(logits, targets).item()
+            reference_nll += _nll(wanted, targets).item()
             for rows, wanted_rows in zip(logits.split(_ROWS), wanted.split(_ROWS), strict=True):
                 log_p, log_q = _log_softmax(wanted_rows), _log_softmax(rows)
-                total += (log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64).sum().item()
+                kl += (log_p.exp() * (log_p - log_q)).sum(-1).sum(dtype=torch.float64).item()
                 equal += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-            tokens += ids.shape[1] - 1
-    return Comparison(kl=total / tokens, agreement=equal / tokens, tokens=tokens)
+            tokens += targets.numel()
+    return Comparison(
+        kl=kl / tokens,
+        agreement=equal / tokens,
+        tokens=tokens,
+        model=_evaluation(nll, tokens),
+        reference=_evaluation(reference_nll, tokens),
+    )
 
 
 def generate_text(
@@ -278,10 +295,12 @@ def _context(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().max_position_embeddings)
 
 
-def _block(model: PreTrainedModel, block: int | None, argument: str) -> int:
+def _block(
+    model: PreTrainedModel, block: int | None, argument: str = "block", default: int = DEFAULT_BLOCK
+) -> int:
     context = _context(model)
     if block is None:
-        return min(DEFAULT_BLOCK, context)
+        return min(default, context)
     if block > context:
         raise ValueError(f"{argument}={block} exceeds the model's context; use at most {context}.")
     return block
@@ -293,19 +312,13 @@ def _blocks(
     text: str,
     block: int | None,
     max_tokens: int | None,
-    progress: Progress | None,
-) -> Iterator[Tensor]:
-    blocks = token_blocks(tokenizer, text, _block(model, block, "block"), max_tokens)
-    in_all, done = sum(ids.shape[1] for ids in blocks), 0
-    for ids in blocks:
-        yield ids
-        done += ids.shape[1]
-        if progress is not None:
-            progress(done, in_all)
+) -> list[Tensor]:
+    return token_blocks(tokenizer, text, _block(model, block), max_tokens)
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
-    log_probabilities = F.log_softmax(logits.float(), dim=-1)
+    # A float64 model is evaluated in float64.
+    log_probabilities = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
     if not torch.isfinite(log_probabilities).all():
         raise ValueError("the model's logits are not finite; its weights or its arithmetic overflow.")
     return log_probabilities

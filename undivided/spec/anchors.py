@@ -146,7 +146,9 @@ def check_marginals(row_sums: torch.Tensor, column_sums: torch.Tensor, balanced:
     """Raises `InfeasibleMarginals` unless both are positive and, if `balanced`, have the same total mass."""
     for name, sums in (("row_sums", row_sums), ("column_sums", column_sums)):
         if not (sums > 0).all():
-            raise InfeasibleMarginals(f"{name} has {sums.min().item():g}; a marginal must be positive everywhere.")
+            raise InfeasibleMarginals(
+                f"{name} has {sums.min().item():g}; a marginal must be positive everywhere."
+            )
     if balanced:
         rows, columns = row_sums.sum(-1), column_sums.sum(-1)
         slack = 64 * torch.finfo(rows.dtype).eps * max(row_sums.shape[-1], column_sums.shape[-1])
@@ -210,7 +212,9 @@ def _entmax(log_weights: torch.Tensor, alpha: float) -> torch.Tensor:
     has_source = inside.any(-1, keepdim=True)
     top = torch.where(has_source, log_weights, torch.zeros_like(log_weights)).amax(-1, keepdim=True).detach()
     # Outside the mask any number far enough below the largest leaves p = 0 and keeps infinities out.
-    scores = (alpha - 1) * torch.where(inside, log_weights - top, torch.full_like(log_weights, -2 / (alpha - 1)))
+    scores = (alpha - 1) * torch.where(
+        inside, log_weights - top, torch.full_like(log_weights, -2 / (alpha - 1))
+    )
     power = 1 / (alpha - 1)
     with torch.no_grad():
         low, high = torch.full_like(scores[..., :1], -1.0), torch.zeros_like(scores[..., :1])
@@ -219,7 +223,11 @@ def _entmax(log_weights: torch.Tensor, alpha: float) -> torch.Tensor:
             too_much = (scores - middle).clamp(min=0).pow(power).sum(-1, keepdim=True) > 1
             low, high = torch.where(too_much, middle, low), torch.where(too_much, high, middle)
         theta = (low + high) / 2
-        slope = power * (scores - theta).clamp(min=0).pow(power - 1).masked_fill(scores <= theta, 0.0).sum(-1, keepdim=True)
+        slope = power * (scores - theta).clamp(min=0).pow(power - 1).masked_fill(scores <= theta, 0.0).sum(
+            -1, keepdim=True
+        )
     # One Newton step, differentiated through the scores only, gives theta its exact gradient.
-    theta = theta + ((scores - theta).clamp(min=0).pow(power).sum(-1, keepdim=True) - 1) / slope.clamp(min=1e-300)
+    theta = theta + ((scores - theta).clamp(min=0).pow(power).sum(-1, keepdim=True) - 1) / slope.clamp(
+        min=1e-300
+    )
     return (scores - theta).clamp(min=0).pow(power).masked_fill(~inside, 0.0)

@@ -30,7 +30,9 @@ class Window(Mask):
 
     def __post_init__(self) -> None:
         if self.before < 0 or self.after < 0:
-            raise ValueError(f"before={self.before}, after={self.after}: a window reaches 0 or more positions.")
+            raise ValueError(
+                f"before={self.before}, after={self.after}: a window reaches 0 or more positions."
+            )
 
     def __str__(self) -> str:
         return f"window of {self.before} before and {self.after} after"
@@ -63,21 +65,24 @@ class GivenMask(Mask):
 
 @dataclass(frozen=True)
 class HeadMap(Node):
-    """Which key head a query head reads.
+    """Which key head, and which value head, a query head reads.
 
     Args:
         query_heads, key_heads: numbers of heads; None leaves them to the tensors.
         assignment: key head of each query head, as a tuple or as the name of an integer tensor; None is the
             uniform map `h // (query_heads // key_heads)`.
+        value_assignment: the same for values; None is the map of the keys.
     """
 
     query_heads: int | None = None
     key_heads: int | None = None
-    assignment: tuple[int, ...] | str | None = field(default=None, metadata={"tensor": True})
+    assignment: tuple[int, ...] | str | None = tensor_name()
+    value_assignment: tuple[int, ...] | str | None = tensor_name()
 
     def __post_init__(self) -> None:
-        if isinstance(self.assignment, list):
-            object.__setattr__(self, "assignment", tuple(self.assignment))
+        for name in ("assignment", "value_assignment"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def __str__(self) -> str:
         counts = []
@@ -86,8 +91,9 @@ class HeadMap(Node):
         if self.key_heads is not None:
             counts.append(f"{self.key_heads} key head{'s' if self.key_heads > 1 else ''}")
         text = " on ".join(counts) or "key heads divide query heads"
-        if self.assignment is not None:
-            text += f", assigned by {self.assignment}" if isinstance(self.assignment, str) else ", assigned by a table"
+        for what, assignment in (("keys", self.assignment), ("values", self.value_assignment)):
+            if assignment is not None:
+                text += f", {what} by {assignment if isinstance(assignment, str) else 'a table'}"
         return text
 
 

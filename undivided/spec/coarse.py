@@ -45,16 +45,22 @@ def coarse_grain(
         )
     total = int(assignment.max()) + 1 if num_classes is None else num_classes
     if int(assignment.min()) < 0 or int(assignment.max()) >= total:
-        raise ValueError(f"assignment has class {int(assignment.max())}; with num_classes={total} it goes from 0 to {total - 1}.")
+        raise ValueError(
+            f"assignment has class {int(assignment.max())}; with num_classes={total} it goes from 0 to {total - 1}."
+        )
     member = torch.nn.functional.one_hot(assignment, total).to(key.dtype)
     count = member.sum(1)
     if (count == 0).any():
-        raise ValueError(f"class {int((count == 0).nonzero()[0, 1])} of {total} has no source; every class needs one.")
+        raise ValueError(
+            f"class {int((count == 0).nonzero()[0, 1])} of {total} has no source; every class needs one."
+        )
     shares = (member / count[:, None, :]).transpose(1, 2)[:, None]
     return CoarseGrained(shares @ key, shares @ value.to(key.dtype), count.log())
 
 
-def push_forward(weights: torch.Tensor, assignment: torch.Tensor, num_classes: int | None = None) -> torch.Tensor:
+def push_forward(
+    weights: torch.Tensor, assignment: torch.Tensor, num_classes: int | None = None
+) -> torch.Tensor:
     """Row weights of classes: `alpha'_rc = sum_{i in c} alpha_ri`.
 
     Args:
@@ -69,7 +75,9 @@ def push_forward(weights: torch.Tensor, assignment: torch.Tensor, num_classes: i
     return weights @ torch.nn.functional.one_hot(assignment, total).to(weights.dtype)
 
 
-def coarse_log_weights(log_weights: torch.Tensor, assignment: torch.Tensor, num_classes: int | None = None) -> torch.Tensor:
+def coarse_log_weights(
+    log_weights: torch.Tensor, assignment: torch.Tensor, num_classes: int | None = None
+) -> torch.Tensor:
     """The coarse kernel: `log w'_rc = log sum_{i in c} w_ri`, so that anchoring commutes with coarse-graining.
 
     Args:

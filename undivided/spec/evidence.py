@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,8 +14,19 @@ class ChartTerm(Node):
     """One summand of the score `s_ri`."""
 
 
+def _scale_words(scale: float | None, default: str) -> str:
+    return default if scale is None else "" if scale == 1.0 else f" * {scale:.4g}"
+
+
+class PairTerm(ChartTerm):
+    """A summand computed from a tensor of receivers and one of sources."""
+
+    query: str
+    key: str
+
+
 @dataclass(frozen=True)
-class Dot(ChartTerm):
+class Dot(PairTerm):
     """`scale * phi(q_r) . phi(W_h k_i)`, of rank head_dim at most.
 
     Args:
@@ -41,12 +53,11 @@ class Dot(ChartTerm):
         query = self.query
         if self.feature is not None:
             query, key = f"{self.feature}({query})", f"{self.feature}({key})"
-        scale = "" if self.scale == 1.0 else f" / sqrt(dim of {self.query})" if self.scale is None else f" * {self.scale:g}"
-        return f"{query} . {key}{scale}"
+        return f"{query} . {key}" + _scale_words(self.scale, f" / sqrt(dim of {self.query})")
 
 
 @dataclass(frozen=True)
-class Cosine(ChartTerm):
+class Cosine(PairTerm):
     """`scale * tau_h * cos(q_r, k_i)`; scale None is `head_dim ** 0.5`; `temperature` names tau `[key heads]`."""
 
     query: str = tensor_name("query")
@@ -61,7 +72,7 @@ class Cosine(ChartTerm):
 
 
 @dataclass(frozen=True)
-class Distance(ChartTerm):
+class Distance(PairTerm):
     """`-scale / 2 * |q_r - k_i|^2`; scale None is `head_dim ** -0.5`. A dot product with a row and a column field."""
 
     query: str = tensor_name("query")
@@ -69,11 +80,11 @@ class Distance(ChartTerm):
     scale: float | None = None
 
     def __str__(self) -> str:
-        return f"-|{self.query} - {self.key}|^2 / 2" + (" / sqrt(head_dim)" if self.scale is None else f" * {self.scale:g}")
+        return f"-|{self.query} - {self.key}|^2 / 2" + _scale_words(self.scale, " / sqrt(head_dim)")
 
 
 @dataclass(frozen=True)
-class Additive(ChartTerm):
+class Additive(PairTerm):
     """`w_h . tanh(q_r + k_i)`, `vector` names w `[heads, head_dim]`. Not separable."""
 
     query: str = tensor_name("query")
@@ -119,8 +130,14 @@ class Chart(Node):
             raise ValueError(f"softcap={self.softcap} must be positive; leave it None for no cap.")
 
     def __str__(self) -> str:
-        text = " + ".join(map(str, self.terms))
-        return text if self.softcap is None else f"{self.softcap:g} * tanh(({text}) / {self.softcap:g})"
+        scales = {term.scale for term in self.terms if isinstance(term, Dot)}
+        shared = scales.pop() if len(self.terms) > 1 and len(scales) == 1 else None
+        if shared is not None and all(isinstance(term, Dot) for term in self.terms):
+            plain = [str(dataclasses.replace(term, scale=1.0)) for term in self.terms]  # type: ignore[type-var]
+            text = f"({' + '.join(plain)})" + _scale_words(shared, "")
+        else:
+            text = " + ".join(map(str, self.terms))
+        return text if self.softcap is None else f"{self.softcap:g} * tanh({text} / {self.softcap:g})"
 
 
 class Baseline(Node):

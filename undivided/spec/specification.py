@@ -167,7 +167,13 @@ class AttentionSpec(Node):
     update: tuple[Update, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        kinds = {"carrier": Carrier, "evidence": Evidence, "probe": Probe, "anchor": Anchor, "payload": Payload}
+        kinds = {
+            "carrier": Carrier,
+            "evidence": Evidence,
+            "probe": Probe,
+            "anchor": Anchor,
+            "payload": Payload,
+        }
         for name, kind in kinds.items():
             check_kind(self, name, getattr(self, name), kind)
         set_tuple(self, "mix", Term)
@@ -190,7 +196,9 @@ class AttentionSpec(Node):
                 f"masks has {placed[0]!r}, which counts positions; merged sources have none. Use GivenMask()."
             )
         if isinstance(self.carrier.empty_row, NullSource) and not isinstance(self.anchor, RowSum):
-            raise ValueError(f"empty_row={self.carrier.empty_row!r} needs anchor=RowSum(), not {self.anchor!r}.")
+            raise ValueError(
+                f"empty_row={self.carrier.empty_row!r} needs anchor=RowSum(), not {self.anchor!r}."
+            )
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -206,14 +214,17 @@ class AttentionSpec(Node):
     def is_causal(self) -> bool:
         """Whether output n depends on no source after n; column and plan anchors look at later receivers."""
         ordered = any(
-            isinstance(mask, Causal) or (isinstance(mask, Window) and mask.after == 0) for mask in self.carrier.masks
+            isinstance(mask, Causal) or (isinstance(mask, Window) and mask.after == 0)
+            for mask in self.carrier.masks
         )
         return ordered and isinstance(self.probe, Row | Raw | _regime.Support | _regime.Values)
 
     @property
     def is_positive(self) -> bool:
         """Whether the mixed kernel cannot be negative."""
-        return not self.evidence.signed and all(term.coefficient >= 0 and term.times is None for term in self.mix)
+        return not self.evidence.signed and all(
+            term.coefficient >= 0 and term.times is None for term in self.mix
+        )
 
     @property
     def is_gibbs(self) -> bool:

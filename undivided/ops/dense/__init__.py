@@ -10,7 +10,7 @@ from undivided.ops.dense import flex, reference, sdpa
 
 BACKENDS = (
     Backend("sdpa", sdpa.attend, sdpa.reasons),
-    Backend("flex", flex.attend, flex.reasons, flex.availability, automatic=("cuda",)),
+    Backend("flex", flex.attend, flex.reasons, automatic=("cuda",)),
     Backend("reference", reference.attend, reference.reasons),
 )
 

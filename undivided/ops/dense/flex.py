@@ -7,15 +7,13 @@ from functools import cache
 import torch
 
 
-def availability() -> list[str]:
-    return []
-
-
 def reasons(query, key, value, attn_mask, is_causal, window, scale, softcap, return_lse) -> list[str]:
     found = []
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     if query.device.type == "cpu" and needs_grad:
         found.append("query is on cpu and needs a gradient (FlexAttention has no backward there)")
+    if query.device.type == "cpu" and return_lse:
+        found.append("query is on cpu and return_lse is True (FlexAttention returns none there)")
     if query.device.type not in ("cpu", "cuda"):
         found.append(f"query is on {query.device.type}")
     if query.dtype == torch.float64:
@@ -64,7 +62,7 @@ def attend(query, key, value, attn_mask, is_causal, window, scale, softcap, retu
         mask = create_block_mask(
             seen, batch if per_head else None, heads if per_head else None, num_queries, num_keys, query.device
         )
-    out, aux = _compiled()(
+    out = _compiled()(
         query,
         key,
         value,
@@ -72,6 +70,6 @@ def attend(query, key, value, attn_mask, is_causal, window, scale, softcap, retu
         block_mask=mask,
         scale=scale,
         enable_gqa=heads != key.shape[1],
-        return_aux=AuxRequest(lse=True),
+        return_aux=AuxRequest(lse=True) if return_lse else None,
     )
-    return (out, aux.lse) if return_lse else out
+    return (out[0], out[1].lse) if return_lse else out

@@ -80,7 +80,7 @@ def _merge_kernel(
     tl.store(out + row * LATENT_DIM + columns, merged.to(out.dtype.element_ty), mask=inside)
     if tl.program_id(1) == 0:
         ln2: tl.constexpr = 0.6931471805599453
-        tl.store(lse + row, tl.where(total > 0, (top + tl.log2(total)) * ln2, float("-inf")))
+        tl.store(lse + row, tl.where(total > 0, (top + tl.log2(tl.where(total > 0, total, 1.0))) * ln2, float("-inf")))
 
 
 def merge_splits(partial: torch.Tensor, partial_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:

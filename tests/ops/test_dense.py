@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from undivided.ops import dense_attention
+from undivided.ops.dense import BACKENDS
+from undivided.testing import compare_op, poison_padding, poison_surroundings
+
+
+def inputs(batch=2, heads=4, key_heads=2, queries=7, keys=7, head_dim=16, value_dim=16, dtype=torch.float64):
+    return {
+        "query": torch.randn(batch, heads, queries, head_dim, dtype=dtype),
+        "key": torch.randn(batch, key_heads, keys, head_dim, dtype=dtype),
+        "value": torch.randn(batch, key_heads, keys, value_dim, dtype=dtype),
+    }
+
+
+def call(backend, **options):
+    return lambda query, key, value: dense_attention(query, key, value, backend=backend, **options)
+
+
+def by_hand(query, key, value, row, column, seen):
+    """One output row, by loops over keys."""
+    group = query.shape[1] // key.shape[1]
+    q, keys, values = query[0, row, column], key[0, row // group], value[0, row // group]
+    logits = [float(q @ keys[m]) / math.sqrt(len(q)) for m in seen]
+    top = max(logits)
+    weights = [math.exp(x - top) for x in logits]
+    out = sum(w * values[m] for w, m in zip(weights, seen, strict=True)) / sum(weights)
+    return out, top + math.log(sum(weights))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(5, 5), (1, 6), (3, 6)])
+def test_reference_equals_the_definition_written_with_loops(queries, keys):
+    x = inputs(queries=queries, keys=keys)
+    out, lse = dense_attention(**x, is_causal=True, window=4, return_lse=True, backend="reference")
+    for n in range(queries):
+        last = n + keys - queries
+        expected, expected_lse = by_hand(**x, row=3, column=n, seen=range(max(0, last - 3), last + 1))
+        torch.testing.assert_close(out[0, 3, n], expected, rtol=1e-12, atol=1e-12)
+        assert abs(float(lse[0, 3, n]) - expected_lse) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        (dict(), dict()),
+        (dict(), dict(is_causal=True)),
+        (dict(queries=3, keys=11), dict(is_causal=True)),
+        (dict(queries=1, keys=9, value_dim=8), dict(is_causal=True)),
+        (dict(queries=9, keys=9), dict(is_causal=True, window=3)),
+        (dict(key_heads=1, value_dim=24), dict(scale=0.7)),
+        (dict(queries=33, keys=33, head_dim=24, value_dim=24), dict(is_causal=True)),
+    ],
+)
+def test_sdpa_is_as_accurate_as_eager(shape, options, dtype):
+    reference = call("reference", **options)
+    compare_op(call("sdpa", **options), reference, reference, inputs(**shape), dtype)
+
+
+@pytest.mark.parametrize("kind", ["boolean", "bias"])
+def test_masks_and_biases_are_added_to_causality(kind):
+    x = inputs(queries=6, keys=6)
+    mask = torch.rand(2, 1, 6, 6) > 0.4
+    mask[..., 0] = True
+    if kind == "bias":
+        mask = torch.randn(2, 4, 6, 6).masked_fill(~mask, float("-inf"))
+    reference, sdpa = (call(name, attn_mask=mask, is_causal=True) for name in ("reference", "sdpa"))
+    compare_op(sdpa, reference, reference, x, torch.float32)
+    future = mask.clone()
+    future[..., 0, 1] = True if kind == "boolean" else 50.0
+    out = dense_attention(**x, attn_mask=future, is_causal=True)
+    torch.testing.assert_close(out[:, :, 0], x["value"][:, :, 0].repeat_interleave(2, dim=1))
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_a_query_that_sees_nothing_has_zero_output_and_zero_gradient(backend):
+    x = {name: tensor.requires_grad_() for name, tensor in inputs(queries=4, keys=4).items()}
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    mask[2] = False
+    out = dense_attention(**x, attn_mask=mask, backend=backend)
+    assert torch.equal(out[:, :, 2], torch.zeros_like(out[:, :, 2]))
+    for gradient in torch.autograd.grad(out.square().sum(), list(x.values())):
+        assert gradient.isfinite().all()
+    if backend == "reference":
+        _, lse = dense_attention(**x, attn_mask=mask, return_lse=True)
+        assert (lse[:, :, 2] == float("-inf")).all() and lse[:, :, 0].isfinite().all()
+
+
+def test_lse_and_its_gradient_pass_gradcheck():
+    x = inputs(batch=1, heads=2, key_heads=1, queries=3, keys=4, head_dim=3, value_dim=2)
+    function = lambda q, k, v: dense_attention(q, k, v, is_causal=True, softcap=2.0, return_lse=True)  # noqa: E731
+    assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in x.values()])
+
+
+def test_softcap_bounds_the_logits():
+    x = inputs()
+    x["query"] = x["query"] * 1e3
+    _, lse = dense_attention(**x, softcap=2.0, return_lse=True)
+    assert float(lse.max()) <= 2.0 + math.log(7) + 1e-12
+
+
+@pytest.mark.parametrize("backend", [b.name for b in BACKENDS if "cpu" in b.automatic])
+def test_strides_batch_mates_and_masked_nan_do_not_matter(backend):
+    x = inputs(dtype=torch.float32)
+    out = dense_attention(**x, is_causal=True, backend=backend)
+    strided = {name: poison_surroundings(tensor) for name, tensor in x.items()}
+    torch.testing.assert_close(dense_attention(**strided, is_causal=True, backend=backend), out)
+    alone = {name: tensor[1:] for name, tensor in x.items()}
+    torch.testing.assert_close(dense_attention(**alone, is_causal=True, backend=backend), out[1:])
+
+
+def test_causal_output_does_not_read_nan_of_the_future_in_logits():
+    x = inputs()
+    keep = torch.ones(1, 1, 7, 1, dtype=torch.bool)
+    keep[..., -1, :] = False
+    x["key"] = poison_padding(x["key"], keep)
+    out = dense_attention(**x, is_causal=True, backend="reference")
+    assert out[:, :, :-1].isfinite().all()
+
+
+@pytest.mark.parametrize("options", [dict(), dict(is_causal=True), dict(softcap=3.0), dict(return_lse=True)])
+def test_compiles_into_one_graph(options):
+    x = inputs(dtype=torch.float32)
+    eager = dense_attention(**x, **options)
+    compiled = torch.compile(dense_attention, fullgraph=True, backend="eager")(**x, **options)
+    torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(is_causal=True, window=20), dict(softcap=3.0), dict(mask=True)])
+def test_flex_is_as_accurate_as_eager(options, device):
+    x = {name: t.to(device) for name, t in inputs(queries=40, keys=50, dtype=torch.float32).items()}
+    options = dict(options)
+    if options.pop("mask", False):
+        options["attn_mask"] = torch.rand(2, 1, 40, 50, device=device) > 0.3
+    # On the CPU FlexAttention has neither a log-sum-exp nor a backward; both are tested on a GPU.
+    on_gpu = device.type == "cuda"
+    reference, flex = (call(name, return_lse=on_gpu, **options) for name in ("reference", "flex"))
+    with torch.set_grad_enabled(on_gpu):
+        compare_op(flex, reference, reference, x, torch.float32, grad_inputs=None if on_gpu else ())
+
+
+def test_flex_on_the_cpu_says_that_it_has_no_backward():
+    x = {name: tensor.requires_grad_() for name, tensor in inputs(dtype=torch.float32).items()}
+    if torch.cuda.is_available():
+        pytest.skip("on CUDA it has one")
+    with pytest.raises(ValueError, match="query is on cpu and needs a gradient"):
+        dense_attention(**x, backend="flex")

@@ -1,0 +1,95 @@
+"""`undivided generate`: the continuation of a prompt, in one process or over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+
+def command(
+    src: Annotated[str, typer.Argument(help="Checkpoint folder, smollm2-135m, or a name on the Hub (org/name).")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Longest continuation, in tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token; above, samples.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 [as the checkpoint].")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda [cuda where there is one].")] = None,
+    shard_mlp: Annotated[
+        bool, typer.Option("--shard-mlp", help="Over ranks: split the MLPs too, for one more all-reduce a layer.")
+    ] = False,
+) -> None:
+    """Generate text with a checkpoint; on stdout the continuation alone.
+
+    Under `torchrun --nproc-per-node N -m undivided generate ...` every rank holds only its part of the latent cache
+    and of the attention's weights; the first rank prints.
+    """
+    import torch
+
+    from undivided.cli._options import dtype_of
+
+    if not prompt:
+        raise ValueError("PROMPT is empty; give some text to continue.")
+    if max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {max_new_tokens} is too small; use at least 1.")
+    if temperature < 0:
+        raise ValueError(f"--temperature {temperature} is negative; use 0 or more.")
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with _process_group(place) as rank:
+        model, tokenizer = _load(src, dtype_of(dtype), place, rank, shard_mlp)
+        if chat:
+            message = [{"role": "user", "content": prompt}]
+            prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if temperature > 0:
+            sampling |= {"do_sample": True, "temperature": temperature}
+        # The same seed on every rank: all of them draw the same token from the same logits.
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            ids = model.generate(
+                **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling
+            )
+        if rank in (None, 0):
+            typer.echo(tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
+
+
+@contextmanager
+def _process_group(device: torch.device) -> Iterator[int | None]:
+    """Joins the other ranks where torchrun has started several; yields this process's rank, or None if it is alone."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_torchelastic_launched():
+        yield None
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        if device.type == "cuda":
+            torch.cuda.set_device(dist.get_node_local_rank())
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()
+
+
+def _load(
+    src: str, dtype: torch.dtype | None, device: torch.device, rank: int | None, shard_mlp: bool
+) -> tuple[Any, Any]:
+    from undivided.cli._console import note
+    from undivided.models.checkpoint import open_checkpoint
+
+    if rank is None:
+        if shard_mlp:
+            raise ValueError("--shard-mlp needs several ranks; start with torchrun.")
+        checkpoint = open_checkpoint(src, dtype=dtype, device=device, progress=note)
+        return checkpoint.model, checkpoint.tokenizer
+    from undivided.distributed import open_distributed
+
+    return open_distributed(Path(src), dtype=dtype, device=device, shard_mlp=shard_mlp)

@@ -1,0 +1,46 @@
+"""Conversions: checkpoint in, checkpoint out; one file a method, each returns model and report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+# attention of the result -> the function that makes it.
+CONVERTERS: dict[str, str] = {
+    "mla": "undivided.convert.transmla:convert_transmla",
+    "tpla": "undivided.convert.tpla:convert_tpla",
+}
+
+_EXPORTS = {path.split(":")[1]: path for path in CONVERTERS.values()} | {
+    "Report": "undivided.convert._report:Report",
+    "convert_checkpoint": "undivided.convert.pipeline:convert_checkpoint",
+}
+
+__all__ = ["CONVERTERS", "Report", "convert_checkpoint", "convert_tpla", "convert_transmla", "converter"]
+
+
+def converter(target: str) -> Callable[..., Any]:
+    """Returns the function that converts a model to the attention `target`.
+
+    Raises:
+        ValueError: no converter makes it.
+    """
+    if target not in CONVERTERS:
+        raise ValueError(f"target={target!r} is not one of {', '.join(map(repr, sorted(CONVERTERS)))}.")
+    return _load(CONVERTERS[target])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return _load(_EXPORTS[name])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})
+
+
+def _load(path: str) -> Any:
+    module, name = path.split(":")
+    return getattr(import_module(module), name)

@@ -1,0 +1,403 @@
+"""Lowering: from a specification to the fastest operator that provably computes it.
+
+A target names its operator by a string and imports it when it runs, so that this package needs no other. Its
+`reasons` say why it cannot compute a specification (empty when it can): the same check chooses and refuses. That it
+computes the same function is proved by test: `Lowered.verify` runs it beside the interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from undivided.spec.carrier import Causal, DefaultPayload, NullSource, Refuse, Window
+from undivided.spec.evaluation import HeadExpansion, Inputs, Tensors, carrier_mask, dot_scale, log_baseline
+from undivided.spec.evidence import Cosine, Dot, Exp, KeyBias
+from undivided.spec.interpreter import (
+    apply_updates,
+    check_inputs,
+    check_rows,
+    coefficient_of,
+    interpret,
+    merged_sources,
+    to_group,
+)
+from undivided.spec.regime import ColumnSum, Plan, RowSum, Sinkhorn
+from undivided.spec.specification import AttentionSpec, Source
+
+
+@dataclass(frozen=True)
+class Target:
+    """Something a specification can be lowered to.
+
+    Args:
+        name: what the user passes as `target=`.
+        op: the operator, "module:function".
+        reasons: sentences that say why it cannot compute a specification; empty when it can.
+        run: computes one term from its inputs: (spec, inputs, attention_mask, operator) -> aggregate.
+    """
+
+    name: str
+    op: str
+    reasons: Callable[[AttentionSpec], list[str]]
+    run: Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A specification and the target that computes it; call it with the tensors `spec.inputs` names."""
+
+    spec: AttentionSpec
+    target: Target
+
+    def __call__(
+        self, tensors: Tensors, attention_mask: torch.Tensor | None = None, **options: Any
+    ) -> torch.Tensor:
+        """Returns the output, in the dtype of the inputs; `options` go to the operator (such as `backend`)."""
+        check_inputs(self.spec, tensors)
+        if self.target.name == "interpreter":
+            return self.target.run(self.spec, tensors, attention_mask)
+        module, name = self.target.op.split(":")
+        op = getattr(importlib.import_module(module), name)
+
+        def call(*args: torch.Tensor, **kwargs: Any) -> Any:
+            return op(*args, **kwargs, **options)
+
+        parts = []
+        for term in self.spec.mix:
+            inputs = Inputs(tensors, term)
+            out = self.target.run(self.spec, inputs, attention_mask, call)
+            parts.append(coefficient_of(term, tensors, out) * out)
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + to_group(part, total.shape[1])
+        return apply_updates(self.spec.update, total, tensors)
+
+    def verify(self, tensors: Tensors, attention_mask: torch.Tensor | None = None) -> float:
+        """Largest difference from the interpreter, both in float64, relative to the largest output."""
+        exact = {k: v.double() if v.is_floating_point() else v for k, v in tensors.items()}
+        expected = interpret(self.spec, exact, attention_mask=attention_mask).out
+        difference = self(exact, attention_mask).double() - expected
+        return float(difference.abs().max() / expected.abs().max().clamp(min=1e-300))
+
+
+def lower(spec: AttentionSpec, target: str = "auto") -> Lowered:
+    """Chooses what computes a specification.
+
+    Args:
+        spec: the operator.
+        target: "auto" (the first able one) or "latent", "dense", "column", "sinkhorn", "interpreter". "latent" keeps
+            the latent as key and value (for decoding) and is never chosen by itself.
+
+    Returns:
+        A callable.
+
+    Raises:
+        ValueError: no target has that name, or it cannot compute this specification (the message says why).
+    """
+    if target == "auto":
+        able = [each for each in TARGETS if each.name != "latent" and not each.reasons(spec)]
+        return Lowered(spec, able[0])
+    for each in TARGETS:
+        if each.name == target:
+            reasons = each.reasons(spec)
+            if not reasons:
+                return Lowered(spec, each)
+            names = ", ".join(f'"{other.name}"' for other in TARGETS if not other.reasons(spec))
+            raise ValueError(f'target "{target}" cannot compute this: {"; ".join(reasons)}. Able: {names}.')
+    names = ", ".join(f'"{each.name}"' for each in TARGETS)
+    raise ValueError(f'target={target!r} is not one of "auto", {names}.')
+
+
+def attend(
+    spec: AttentionSpec,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    tensors: Tensors | None = None,
+    target: str = "auto",
+) -> torch.Tensor:
+    """Runs a specification of query, key and value by its fastest target.
+
+    Args:
+        spec: the operator.
+        query: `[batch, heads, receivers, head_dim]`.
+        key: `[batch, key heads, sources, head_dim]`.
+        value: `[batch, key heads, sources, value_dim]`.
+        attention_mask: a further mask: boolean (True = admissible) or additive.
+        tensors: further inputs by name.
+        target: as in `lower`.
+
+    Returns:
+        `[batch, heads, receivers, value_dim]`, in the dtype of `query`.
+    """
+    named = {"query": query, "key": key, "value": value, **(tensors or {})}
+    return lower(spec, target)(named, attention_mask)
+
+
+class _Pairs(NamedTuple):
+    """One dot product that stands for the whole chart."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    scale: float
+
+
+def _chart_reasons(spec: AttentionSpec) -> list[str]:
+    found = []
+    if not isinstance(spec.evidence.link, Exp):
+        found.append(f"the link is {spec.evidence.link}, not exp")
+    if spec.evidence.factor is not None:
+        found.append("the evidence has a second factor")
+    terms = spec.evidence.chart.terms
+    odd = [term for term in terms if not isinstance(term, Dot | Cosine | KeyBias)]
+    odd += [term for term in terms if isinstance(term, Dot) and term.feature is not None]
+    found += [f"the chart has the term {term}" for term in odd]
+    if not any(isinstance(term, Dot | Cosine) for term in terms):
+        found.append("the chart has no dot product")
+    if spec.evidence.chart.softcap is not None and any(isinstance(term, KeyBias) for term in terms):
+        found.append("the cap stands over a key bias")
+    if not isinstance(spec.payload, Source):
+        found.append(f"the payload is {spec.payload}")
+    return found
+
+
+def _pairs(spec: AttentionSpec, inputs: Inputs) -> _Pairs:
+    """Writes a sum of dot products as one of concatenated vectors, with the scale of the first."""
+    to_heads = HeadExpansion(spec, inputs)
+    queries, keys, scales = [], [], []
+    for term in spec.evidence.chart.terms:
+        if isinstance(term, Cosine):
+            query, key = F.normalize(inputs[term.query], dim=-1), F.normalize(inputs[term.key], dim=-1)
+            if term.temperature is not None:
+                key = key * inputs[term.temperature].to(key).reshape(1, -1, 1, 1)
+            scales.append(query.shape[-1] ** 0.5 if term.scale is None else term.scale)
+        elif isinstance(term, Dot):
+            query, key = inputs[term.query], inputs[term.key]
+            if term.key_map is not None:
+                # s = q . W c, with W of the query head: the key is expanded at the query heads.
+                key = torch.einsum("hdr,bhmr->bhmd", inputs[term.key_map], to_heads(key))
+            scales.append(dot_scale(term, query))
+        else:
+            continue
+        queries.append(query)
+        keys.append(key)
+    if len(keys) > 1 or spec.carrier.heads.assignment is not None:
+        keys = [to_heads(key) for key in keys]
+    first = scales[0]
+    queries = [
+        query * (scale / first) if scale != first else query
+        for query, scale in zip(queries, scales, strict=True)
+    ]
+    return _Pairs(torch.cat(queries, -1), torch.cat(keys, -1), first)
+
+
+def _values(spec: AttentionSpec, inputs: Inputs, key_heads: int) -> torch.Tensor:
+    payload = spec.payload
+    value, to_heads = inputs[payload.tensor], HeadExpansion(spec, inputs, values=True)  # type: ignore[attr-defined]
+    value_map = payload.value_map  # type: ignore[attr-defined]
+    if value_map is not None:
+        return torch.einsum("hrv,bhmr->bhmv", inputs[value_map], to_heads(value))
+    return value if value.shape[1] == key_heads else to_heads(value)
+
+
+# --- dense ------------------------------------------------------------------------------------------------------
+
+
+def _dense_reasons(spec: AttentionSpec) -> list[str]:
+    found = _chart_reasons(spec)
+    if not isinstance(spec.anchor, RowSum):
+        found.append(f"the anchor is {spec.anchor}")
+    if isinstance(spec.carrier.empty_row, DefaultPayload):
+        found.append(f"{spec.carrier.empty_row}")
+    return found
+
+
+def _run_dense(spec, inputs, attention_mask, op) -> torch.Tensor:
+    inputs, log_count = merged_sources(spec, inputs)
+    pairs = _pairs(spec, inputs)
+    value = _values(spec, inputs, pairs.key.shape[1])
+    heads = pairs.query.shape[1]
+    if value.shape[1] != pairs.key.shape[1]:
+        key = pairs.key.repeat_interleave(heads // pairs.key.shape[1], dim=1)
+        pairs = pairs._replace(key=key)
+    temperature = spec.evidence.link.temperature
+    cap = spec.evidence.chart.softcap
+    options: dict[str, Any] = {"scale": pairs.scale / temperature}
+    if cap is not None:
+        # cap * tanh(s / cap) / tau is the cap of s / tau at cap / tau.
+        options["softcap"] = cap / temperature
+    options |= _dense_mask(spec, inputs, pairs, attention_mask, log_count)
+    null = spec.carrier.empty_row
+    if not isinstance(null, NullSource):
+        return op(pairs.query, pairs.key, value, **options)
+    out, lse = op(pairs.query, pairs.key, value, return_lse=True, **options)
+    logit = inputs[null.logit] if isinstance(null.logit, str) else torch.tensor(null.logit)
+    # One more source of payload zero scales the row by Z / (Z + e^logit).
+    return out * torch.sigmoid(lse - logit.to(lse).reshape(1, -1, 1))[..., None].to(out.dtype)
+
+
+def _dense_mask(spec, inputs, pairs, attention_mask, log_count) -> dict[str, Any]:
+    """The operator's `attn_mask`, `is_causal` and `window` for carrier, baseline and key bias together."""
+    num_rows, num_columns = pairs.query.shape[2], pairs.key.shape[2]
+    device, options = pairs.query.device, {}
+    rest = list(spec.carrier.masks)
+    windows = [mask.before + 1 for mask in rest if isinstance(mask, Window) and mask.after == 0]
+    if windows or any(isinstance(mask, Causal) for mask in rest):
+        options = {"is_causal": True, "window": min(windows) if windows else None}
+        rest = [m for m in rest if not (isinstance(m, Causal) or (isinstance(m, Window) and m.after == 0))]
+    mask = carrier_mask(tuple(rest), num_rows, num_columns, inputs, device) if rest else None
+    bias: torch.Tensor | None = None
+    if spec.evidence.baseline:
+        bias = log_baseline(spec.evidence.baseline, num_rows, num_columns, inputs, pairs.query)
+    extra = [] if log_count is None else [log_count]
+    for term in spec.evidence.chart.terms:
+        if isinstance(term, KeyBias):
+            key_bias = HeadExpansion(spec, inputs)(inputs[term.tensor])[:, :, None, :]
+            extra.append(key_bias / spec.evidence.link.temperature)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        mask = attention_mask if mask is None else mask & attention_mask
+    elif attention_mask is not None:
+        extra.append(attention_mask)
+    for part in extra:
+        bias = part if bias is None else bias + part
+    if isinstance(spec.carrier.empty_row, Refuse) and (mask is not None or num_rows > num_columns):
+        # What the interpreter refuses must not come out as zeros here.
+        full = carrier_mask(spec.carrier.masks, num_rows, num_columns, inputs, device)
+        full = full if attention_mask is None or attention_mask.dtype != torch.bool else full & attention_mask
+        check_rows(full.expand(pairs.query.shape[0], pairs.query.shape[1], num_rows, num_columns))
+    if bias is not None:
+        bias = bias.to(pairs.query.dtype)
+        options["attn_mask"] = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
+    elif mask is not None:
+        options["attn_mask"] = mask
+    return options
+
+
+# --- latent -----------------------------------------------------------------------------------------------------
+
+
+def _latent_reasons(spec: AttentionSpec) -> list[str]:
+    found = _dense_reasons(spec)
+    dots = [term for term in spec.evidence.chart.terms if isinstance(term, Dot)]
+    if len(dots) != len(spec.evidence.chart.terms) or len(dots) > 2 or not dots or dots[0].key_map is None:
+        found.append("the chart is not a mapped latent, with or without a rope term")
+    elif len(dots) == 2 and (dots[1].key_map is not None or dots[1].scale != dots[0].scale):
+        found.append("the rope term has a map or a scale of its own")
+    elif dots[0].key != getattr(spec.payload, "tensor", None):
+        found.append("the payload is not the latent of the chart")
+    if dots and dots[0].scale is None and len(dots) == 2:
+        found.append("the scale is not given (it belongs to both terms)")
+    if any(not isinstance(mask, Causal) for mask in spec.carrier.masks):
+        found.append("the carrier has a mask other than causal")
+    if spec.evidence.baseline or spec.carrier.source_map is not None:
+        found.append("the evidence has a baseline")
+    if isinstance(spec.carrier.empty_row, NullSource) or spec.carrier.heads.assignment is not None:
+        found.append("the carrier has a null source or a head map")
+    return found
+
+
+def _run_latent(spec, inputs, attention_mask, op) -> torch.Tensor:
+    dots = spec.evidence.chart.terms
+    query, latent = inputs[dots[0].query], inputs[dots[0].key]
+    absorbed = torch.einsum("bhnd,hdr->bhnr", query, inputs[dots[0].key_map])
+    rope = (inputs[dots[1].query], inputs[dots[1].key]) if len(dots) == 2 else (None, None)
+    temperature, cap = spec.evidence.link.temperature, spec.evidence.chart.softcap
+    out = op(
+        absorbed,
+        rope[0],
+        latent,
+        rope[1],
+        scale=dot_scale(dots[0], query) / temperature,
+        softcap=None if cap is None else cap / temperature,
+        attn_mask=attention_mask,
+        is_causal=bool(spec.carrier.masks),
+    )
+    return (
+        out
+        if spec.payload.value_map is None
+        else torch.einsum("bhnr,hrv->bhnv", out, inputs[spec.payload.value_map])
+    )
+
+
+# --- transport --------------------------------------------------------------------------------------------------
+
+
+def _transport_reasons(spec: AttentionSpec) -> list[str]:
+    found = _chart_reasons(spec)
+    if any(isinstance(term, KeyBias) for term in spec.evidence.chart.terms):
+        found.append("the chart has a key bias")
+    if spec.evidence.chart.softcap is not None:
+        found.append("the chart has a cap")
+    if spec.evidence.baseline or spec.carrier.source_map is not None:
+        found.append("the evidence has a baseline")
+    if any(not isinstance(mask, Causal) for mask in spec.carrier.masks):
+        found.append("the carrier has a mask other than causal")
+    if not isinstance(spec.carrier.empty_row, Refuse):
+        found.append(f"{spec.carrier.empty_row}")
+    return found
+
+
+def _column_reasons(spec: AttentionSpec) -> list[str]:
+    found = _transport_reasons(spec)
+    if not isinstance(spec.anchor, ColumnSum):
+        found.append(f"the anchor is {spec.anchor}")
+    return found
+
+
+def _sinkhorn_reasons(spec: AttentionSpec) -> list[str]:
+    found = _transport_reasons(spec)
+    if not isinstance(spec.anchor, Sinkhorn):
+        found.append(f"the anchor is {spec.anchor}")
+    elif spec.anchor.tolerance is not None:
+        found.append(f"tolerance is {spec.anchor.tolerance:g}, which asks for a check of the plan")
+    return found
+
+
+def _run_transport(spec, inputs, attention_mask, op) -> torch.Tensor:
+    pairs = _pairs(spec, inputs)
+    value = _values(spec, inputs, pairs.key.shape[1])
+    if value.shape[1] != pairs.key.shape[1]:
+        key = pairs.key.repeat_interleave(pairs.query.shape[1] // pairs.key.shape[1], dim=1)
+        pairs = pairs._replace(key=key)
+    options: dict[str, Any] = {
+        "scale": pairs.scale / spec.evidence.link.temperature,
+        "is_causal": bool(spec.carrier.masks),
+        "attn_mask": attention_mask,
+    }
+    if isinstance(spec.probe, Plan):
+        options |= {"num_iterations": spec.anchor.num_iterations, "relaxation": spec.anchor.relaxation}
+        for argument, name in (
+            ("row_marginal", spec.probe.row_sums),
+            ("column_marginal", spec.probe.column_sums),
+        ):
+            if name is not None:
+                options[argument] = inputs[name]
+    return op(pairs.query, pairs.key, value, **options)
+
+
+def _run_interpreter(
+    spec: AttentionSpec, tensors: Tensors, attention_mask: torch.Tensor | None
+) -> torch.Tensor:
+    dtype = next(x.dtype for x in (tensors[name] for name in spec.inputs) if x.is_floating_point())
+    return interpret(spec, tensors, attention_mask=attention_mask).out.to(dtype)
+
+
+def _able(spec: AttentionSpec) -> list[str]:
+    return []
+
+
+TARGETS: tuple[Target, ...] = (
+    Target("latent", "undivided.ops:latent_attention", _latent_reasons, _run_latent),
+    Target("dense", "undivided.ops:dense_attention", _dense_reasons, _run_dense),
+    Target("column", "undivided.ops.transport:column_attention", _column_reasons, _run_transport),
+    Target("sinkhorn", "undivided.ops.transport:sinkhorn_attention", _sinkhorn_reasons, _run_transport),
+    Target("interpreter", "undivided.spec.interpreter:interpret", _able, _run_interpreter),
+)
