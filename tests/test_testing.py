@@ -301,3 +301,29 @@ def test_poison_surroundings_keeps_values_and_encloses_them():
 def test_poison_buffer_is_nan_or_the_largest_integer():
     assert poison_buffer(2, 3).isnan().all()
     assert (poison_buffer(4, dtype=torch.int64) == torch.iinfo(torch.int64).max).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fused_attention_of_pytorch_passes_on_cuda(dtype):
+    def fused(query, key, value):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+    def eager(query, key, value):
+        return attention(query, key, value)[0]
+
+    inputs = {name: tensor.cuda() for name, tensor in draw(64).items()}
+    compare_op(fused, eager, eager, inputs, dtype)
+    with pytest.raises(AssertionError, match=r"output, grad\(query\), grad\(key\)"):
+        compare_op(lambda query, key, value: fused(query * 1.05, key, value), eager, eager, inputs, dtype)
+
+
+@pytest.mark.gpu
+def test_poisoned_empty_reaches_cuda_and_lets_fused_attention_run():
+    leaf = torch.randn(2, 3, 64, 32, device="cuda", dtype=torch.float16, requires_grad=True)
+    with poisoned_empty():
+        assert torch.empty_like(leaf).isnan().all()
+        out = torch.nn.functional.scaled_dot_product_attention(leaf, leaf, leaf)
+        (gradient,) = torch.autograd.grad(out.sum(), leaf)
+    assert not out.isnan().any()
+    assert not gradient.isnan().any()

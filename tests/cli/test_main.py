@@ -131,9 +131,9 @@ def test_interrupt_exits_with_130(verb):
     assert run("plan") == 130
 
 
-def test_unknown_verb_names_the_nearest(capsys):
+def test_unknown_verb_is_refused(capsys):
     assert run("sistems") == 2
-    assert "No such command 'sistems'. Did you mean 'systems'?" in capsys.readouterr().err
+    assert "No such command 'sistems'" in capsys.readouterr().err
 
 
 def test_unknown_option_is_refused(capsys):

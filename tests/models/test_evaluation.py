@@ -143,9 +143,11 @@ def test_logits_that_are_not_finite_are_an_error(measure) -> None:
         measure(model, TOKENIZER, TEXT)
 
 
+# 44 tokens are predicted: one at a time, in even steps, in steps with a remainder, at once.
+@pytest.mark.parametrize("step", [1, 11, 10, 100])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_decoding_through_the_cache_gives_the_same_perplexity(model_type: str) -> None:
-    result = decode_perplexity(tiny_model(model_type), TOKENIZER, TEXT, prefix=20, max_tokens=64)
+def test_decoding_through_the_cache_gives_the_same_perplexity(model_type: str, step: int) -> None:
+    result = decode_perplexity(tiny_model(model_type), TOKENIZER, TEXT, prefix=20, step=step, max_tokens=64)
     # Tokens 20 to 63 are predicted at positions 19 to 62.
     eager = token_nlls(tiny_model(model_type), TEXT[:64], block=64)[19:]
     exact = token_nlls(tiny_model(model_type, dtype=torch.float64), TEXT[:64], block=64)[19:]
@@ -153,9 +155,10 @@ def test_decoding_through_the_cache_gives_the_same_perplexity(model_type: str) -
     assert_as_accurate(as_float32(result.nll), mean(eager), mean(exact))
 
 
-def test_decoding_has_only_the_cache_to_look_back() -> None:
+@pytest.mark.parametrize("step", [1, 8])
+def test_decoding_has_only_the_cache_to_look_back(step: int) -> None:
     model = tiny_llama(dtype=torch.float64)
-    honest = decode_perplexity(model, TOKENIZER, TEXT, max_tokens=64)
+    honest = decode_perplexity(model, TOKENIZER, TEXT, step=step, max_tokens=64)
 
     def forget(module, arguments, keywords):
         if keywords.get("past_key_values") is not None:
@@ -163,7 +166,7 @@ def test_decoding_has_only_the_cache_to_look_back() -> None:
                 layer.values.zero_()
 
     handle = model.register_forward_pre_hook(forget, with_kwargs=True)
-    forgetful = decode_perplexity(model, TOKENIZER, TEXT, max_tokens=64)
+    forgetful = decode_perplexity(model, TOKENIZER, TEXT, step=step, max_tokens=64)
     handle.remove()
     assert honest.tokens == forgetful.tokens == 32
     assert not same(honest.nll, forgetful.nll)
@@ -173,6 +176,8 @@ def test_prefix_that_leaves_nothing_is_refused() -> None:
     for prefix in (0, 64):
         with pytest.raises(ValueError, match=rf"prefix={prefix} does not split 64 tokens; use 1 to 63"):
             decode_perplexity(tiny_llama(), TOKENIZER, TEXT, prefix=prefix, max_tokens=64)
+    with pytest.raises(ValueError, match=r"step=0 is too small; use at least 1"):
+        decode_perplexity(tiny_llama(), TOKENIZER, TEXT, step=0)
 
 
 def test_comparison_with_itself_finds_nothing() -> None:
@@ -263,6 +268,19 @@ def test_cache_bytes_are_those_of_keys_and_values() -> None:
     # layers x (latent, rope part) x tokens x bytes
     cache = tiny_model("deepseek_v3")(ids, use_cache=True).past_key_values
     assert cache_bytes(cache) == 2 * (16 + 4) * 20 * 4
+    # One layer of two keeps only the 7 tokens before the next; its window's length, a scalar, counts nothing.
+    cache = tiny_model("gemma2")(ids, use_cache=True).past_key_values
+    assert cache_bytes(cache) == 2 * 2 * (20 + 7) * 16 * 4
+
+
+def test_cache_bytes_of_quantised_states_count() -> None:
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    cache.update(torch.randn(1, 2, 10, 8), torch.randn(1, 2, 10, 8), 0)
+    cache.layers[0].keys = cache.layers[0].keys.to(torch.int8)
+    cache.layers[0].scales = [torch.ones(1, 2, 10, 1)]
+    assert cache_bytes(cache) == 2 * 10 * 8 * (1 + 4) + 2 * 10 * 4
 
 
 def test_cache_bytes_of_an_empty_cache_are_none() -> None:
@@ -297,5 +315,9 @@ def test_cache_bytes_per_token_is_how_much_it_grows(model_type: str, expected: i
     assert cache_bytes_per_token(tiny_model(model_type)) == expected
 
 
-def test_cache_bytes_per_token_fits_a_short_context() -> None:
-    assert cache_bytes_per_token(tiny_llama(max_position_embeddings=32)) == 2 * 2 * 2 * 8 * 4
+def test_cache_bytes_per_token_stays_within_a_short_context() -> None:
+    model = tiny_llama(max_position_embeddings=32)
+    lengths: list[int] = []
+    model.register_forward_pre_hook(lambda module, arguments: lengths.append(arguments[0].shape[1]))
+    assert cache_bytes_per_token(model) == 2 * 2 * 2 * 8 * 4
+    assert lengths == [16, 32]

@@ -24,6 +24,7 @@ VERBS: dict[str, str] = {
     "evaluate": "Measure a checkpoint's perplexity and cache.",
     "plan": "Predict cache bytes, FLOPs and time of attention choices.",
     "systems": "List the attention systems, or describe one.",
+    "explain": "Explain how a system differs from standard attention.",
     "doctor": "Report versions, devices and which backends can run, and why not.",
     "reproduce": "Measure a paper's claim here, beside its own figure.",
     "demo": "Convert a small real model and draw its perplexity against its cache.",
@@ -67,7 +68,7 @@ def _application(verb: str | None) -> typer.Typer:
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
-    application.callback()(_options)
+    application.callback()(_root)
     for name, summary in VERBS.items():
         function = _load(name) if name == verb else _unloaded
         application.command(name, short_help=summary)(function)
@@ -80,7 +81,7 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _options(
+def _root(
     version: Annotated[
         bool,
         typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version),

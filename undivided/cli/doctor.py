@@ -31,20 +31,20 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Report versions, devices, and for every operator which backends can run here, and why not."""
-    report = {"versions": _versions(), "devices": _devices(), "ops": _ops()}
+    versions, devices, ops = _versions(), _devices(), _ops()
     if as_json:
-        typer.echo(json.dumps(report, indent=2))
+        typer.echo(json.dumps({"versions": versions, "devices": devices, "ops": ops}, indent=2))
         return
     _console.table(
         ["package", "version"],
-        [(name, found or "not installed") for name, found in report["versions"].items()],
+        [(name, found or "not installed") for name, found in versions.items()],
     )
     typer.echo()
-    _console.table(["device", "name", "details"], [list(device.values()) for device in report["devices"]])
+    _console.table(["device", "name", "details"], [list(device.values()) for device in devices])
     typer.echo()
     rows = [
         (op, backend, "runs" if not reasons else "; ".join(reasons))
-        for op, backends in report["ops"].items()
+        for op, backends in ops.items()
         for backend, reasons in backends.items()
     ]
     _console.table(["operator", "backend", "on this machine"], rows)

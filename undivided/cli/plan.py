@@ -16,6 +16,7 @@ from undivided.cost import (
     ITEMSIZE,
     OWN,
     PRESETS,
+    RESERVED,
     TRAINED,
     Device,
     ModelShape,
@@ -92,7 +93,7 @@ def command(
     chosen = get_device(
         device, memory_gb=memory_gb, bandwidth_tb=bandwidth_tb, tflops=tflops, link_gb=link_gb
     )
-    reserve = 0.1 * chosen.memory_gb if reserve_gb is None else reserve_gb
+    reserve = RESERVED * chosen.memory_gb if reserve_gb is None else reserve_gb
     rows = plan(
         shape,
         chosen,

@@ -181,7 +181,7 @@ def merged_layer(
     up_value = F.pad(select.repeat_interleave(num_heads // num_groups, dim=0), (nope_rank, 0))
     layer.kv_b_proj.weight = nn.Parameter(torch.cat([up_key, up_value], dim=1).flatten(0, 1))
     layer.o_proj.weight, layer.o_proj.bias = attention.o_proj.weight, attention.o_proj.bias
-    return layer
+    return layer.train(attention.training)
 
 
 def query_rope_map(source: PreTrainedModel, axes: Tensor, rope_dim: int) -> Tensor:

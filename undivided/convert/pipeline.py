@@ -18,6 +18,7 @@ from undivided.models.checkpoint import (
     provenance,
     save_checkpoint,
 )
+from undivided.models.evaluation import cache_bytes_per_token, perplexity
 
 if TYPE_CHECKING:
     import torch
@@ -108,8 +109,11 @@ def convert_checkpoint(
 
             model, report = convert_tpla(model, calibration=input_ids, **(tpla or {}), **arguments)
             reports.append(report)
+        cache = {"original": cache_bytes_per_token(source.model)}
         written = {
             **asdict(reports[-1]),
+            "cache_bytes_per_token_per_rank": cache | {r.method: r.cache_bytes_per_token_per_rank for r in reports},
+            "seconds": sum(report.seconds for report in reports),
             "perplexity": {stage: value for report in reports for stage, value in report.perplexity.items()},
             "approximations": [line for report in reports for line in report.approximations],
             "provenance": provenance(source, to, {r.method: r.options for r in reports}, texts[0]),
@@ -167,8 +171,6 @@ def perplexity_of(
     source: Checkpoint, text: str, tokens: int, progress: Progress = no_progress
 ) -> Callable[[Any], float]:
     """Returns a function that measures a model's perplexity on the first `tokens` tokens of `text`."""
-    from undivided.models.evaluation import perplexity
-
     def evaluate(model: Any) -> float:
         return perplexity(model, source.tokenizer, text, max_tokens=tokens).perplexity
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from undivided.models.checkpoint import WorkFolder
 
 # Samples of the calibration that choose the fold when no `evaluate` does.
-_SEARCH_SAMPLES = 16
+_SEARCH_SAMPLES = 8
 
 
 def convert_transmla(
@@ -117,7 +117,7 @@ def convert_transmla(
     calibration = _checked_calibration(calibration, config.vocab_size)
     log.evaluate("original", model)
 
-    moments = log.keep("keys", {}, lambda: key_moments(source, calibration, progress))
+    moments = log.keep("transmla-keys", {}, lambda: key_moments(source, calibration, progress))
     fold = folds[0] if freqfold != "auto" else _best_fold(source, moments, rope_dim, folds, calibration, log)
     axes = all_key_axes(source, moments, rope_dim, fold)
     host = merge_heads(source, axes, rope_dim)
@@ -126,25 +126,16 @@ def convert_transmla(
 
     queries = query_latent_dim is not None
     key = {"rope_dim": rope_dim, "fold": fold, "queries": queries}
-    moments = log.keep("latents", key, lambda: latent_moments(host, calibration, queries, progress))
-    kept: dict[str, list[float]] = {"latent": [], "query latent": []}
-    for layer_idx in progress(range(len(axes)), "compressing"):
-        layer = merged_layer(source, layer_idx, axes[layer_idx], rope_dim)
-        moment = moments[f"{layer_idx}.latent"]
-        if balance_kv_ratio is not None:
-            moment = balance_keys(layer, moment, balance_kv_ratio)
-        kept["latent"].append(compress_latent(layer, moment, latent_dim))
-        if queries:
-            moment, to_rope = moments[f"{layer_idx}.query"], query_rope_map(source, axes[layer_idx], rope_dim)
-            kept["query latent"].append(compress_queries(layer, moment, query_latent_dim, to_rope))
-        host.set_attention(layer_idx, layer, **latent_options(layer))
+    moments = log.keep("transmla-latents", key, lambda: latent_moments(host, calibration, queries, progress))
+    kept = compress_layers(
+        host, source, axes, moments, latent_dim,
+        query_latent_dim=query_latent_dim, balance_kv_ratio=balance_kv_ratio, progress=progress,
+    )  # fmt: skip
     log.evaluate("mla", host)
-    cuts = [
-        _cut("latent", latent_dim, 2 * key_dim - rope_dim, kept["latent"]),
-        _cut("query latent", query_latent_dim, config.num_attention_heads * head_dim, kept["query latent"]),
-    ]
-    if any(cuts):
-        log.approximate("; ".join(filter(None, cuts)))
+    widths = {"latent": 2 * key_dim - rope_dim, "query latent": config.num_attention_heads * head_dim}
+    cuts = [_cut(name, *kept[name], widths[name]) for name in kept if kept[name][0] < widths[name]]
+    if cuts:
+        log.approximate("; ".join(cuts))
 
     if latent_norm:
         normalise_latents(host, calibration, progress)
@@ -180,6 +171,51 @@ def latent_moments(
         latent = moments[f"{index}.latent"]
         moments[f"{index}.latent"] = latent[: layer.latent_dim, : layer.latent_dim].clone()
     return moments
+
+
+def compress_layers(
+    host: UndividedForCausalLM,
+    source: PreTrainedModel,
+    axes: Sequence[Tensor],
+    moments: dict[str, Tensor],
+    latent_dim: int,
+    *,
+    query_latent_dim: int | None = None,
+    balance_kv_ratio: float | None = 1.0,
+    progress: Progress = no_progress,
+) -> dict[str, tuple[int, list[float]]]:
+    """Puts layers with a compressed latent in the place of the merged layers of a host.
+
+    Args:
+        host: what `merge_heads` made of `source` with these axes.
+        source: the native model.
+        axes: the key axes of every layer.
+        moments: as `latent_moments` gives them.
+        latent_dim: axes of the latent to keep.
+        query_latent_dim: axes of the queries to keep; None for a plain projection.
+        balance_kv_ratio: as in `balance_keys`; None for no balancing.
+        progress: wraps the loop over the layers.
+
+    Returns:
+        Of "latent" and, if there is one, "query latent": the width, and each layer's share of the mean
+        square that is kept.
+    """
+    shares: list[float] = []
+    query_shares: list[float] = []
+    rope_dim = host.attention_layers()[0].rope_dim
+    for index in progress(range(len(axes)), "compressing"):
+        # Anew from the source: what the host holds is rounded to the dtype of the model.
+        layer = merged_layer(source, index, axes[index], rope_dim)
+        moment = moments[f"{index}.latent"]
+        if balance_kv_ratio is not None:
+            moment = balance_keys(layer, moment, balance_kv_ratio)
+        shares.append(compress_latent(layer, moment, latent_dim))
+        if query_latent_dim is not None:
+            moment, to_rope = moments[f"{index}.query"], query_rope_map(source, axes[index], rope_dim)
+            query_shares.append(compress_queries(layer, moment, query_latent_dim, to_rope))
+        host.set_attention(index, layer, **latent_options(layer))
+    kept = {"latent": (latent_dim, shares)}
+    return kept if query_latent_dim is None else kept | {"query latent": (query_latent_dim, query_shares)}
 
 
 @torch.no_grad()
@@ -319,7 +355,7 @@ def _best_fold(
         return {"score": torch.tensor(best[0], dtype=torch.float64), "fold": torch.tensor(best[1])}
 
     # The original's perplexity tells one evaluation from another.
-    found = log.keep("fold", {"rope_dim": rope_dim, **log.perplexity}, search)
+    found = log.keep("transmla-fold", {"rope_dim": rope_dim, **log.perplexity}, search)
     if log.evaluator is not None:
         log.perplexity["partial_rope"] = found["score"].item()
     return int(found["fold"])
@@ -400,14 +436,10 @@ def _checked_calibration(calibration: Tensor | None, vocab_size: int) -> Tensor:
     return calibration
 
 
-def _cut(name: str, kept: int | None, width: int, shares: list[float]) -> str:
-    """A sentence on the axes that a latent has lost; empty if it has lost none."""
-    if kept is None or kept == width:
-        return ""
+def _cut(name: str, kept: int, shares: list[float], width: int) -> str:
     least = min(range(len(shares)), key=shares.__getitem__)
-    mean = sum(shares) / len(shares)
     return (
-        f"the {name} keeps {kept} of {width} axes and {mean:.2%} of its mean square "
+        f"the {name} keeps {kept} of {width} axes and {sum(shares) / len(shares):.2%} of its mean square "
         f"(least: {shares[least]:.2%} in layer {least})"
     )
 

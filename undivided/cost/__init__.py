@@ -24,7 +24,7 @@ from undivided.cost.attention import (
 )
 from undivided.cost.config import load_model, model_from_config
 from undivided.cost.devices import DEVICES, ITEMSIZE, Device, get_device
-from undivided.cost.plan import ASSUMPTIONS, PlanRow, num_parameters, plan
+from undivided.cost.plan import ASSUMPTIONS, RESERVED, PlanRow, num_parameters, plan
 from undivided.cost.presets import PRESETS, ExpertShape, ModelShape
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "ITEMSIZE",
     "OWN",
     "PRESETS",
+    "RESERVED",
     "TRAINED",
     "AttentionShape",
     "Device",

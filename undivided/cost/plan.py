@@ -18,6 +18,9 @@ from undivided.cost.config import load_model
 from undivided.cost.devices import ITEMSIZE, Device, get_device
 from undivided.cost.presets import ModelShape
 
+# Part of the memory that is left to activations, buffers of the runtime and fragmentation.
+RESERVED = 0.1
+
 ASSUMPTIONS = (
     "Bounds from nominal datasheet figures: no kernel reaches them, and launch overhead is not counted.",
     "MLPs, experts, embedding and output head are split evenly over all ranks in every arrangement; routing "
@@ -170,7 +173,7 @@ def plan(
         if chosen not in ITEMSIZE:
             raise ValueError(f'{name} "{chosen}" is not known; {", ".join(ITEMSIZE)} are.')
     if reserve_gb is None:
-        reserve_gb = 0.1 * device.memory_gb
+        reserve_gb = RESERVED * device.memory_gb
     if not 0 <= reserve_gb < device.memory_gb:
         raise ValueError(
             f"reserve_gb is {reserve_gb}; it must be at least 0 and below the device's {device.memory_gb}."

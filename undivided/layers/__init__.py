@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 # mechanism -> class; the name is what a config stores for each layer.
 CAUSAL_MECHANISMS: dict[str, str] = {
     "gqa": "undivided.layers.gqa:GQAttention",
+    "gda": "undivided.layers.gda:GDAttention",
     "mla": "undivided.layers.mla:MLAttention",
     "gla": "undivided.layers.gla:GLAttention",
     "tpla": "undivided.layers.tpla:TPLAttention",

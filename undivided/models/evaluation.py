@@ -106,6 +106,7 @@ def decode_perplexity(
     text: str,
     *,
     prefix: int | None = None,
+    step: int = 1,
     max_tokens: int | None = None,
     progress: Progress = no_progress,
 ) -> Evaluation:
@@ -113,37 +114,42 @@ def decode_perplexity(
 
     The prefix is prefilled in one pass; every later token is fed alone, with the cache as its only memory,
     and counts. For a model whose prefill and decode agree this is its ordinary perplexity on those tokens.
+    A `step` above 1 feeds so many tokens at once, which is faster and still reads what came before from the
+    cache.
 
     Args:
         model: the model.
         tokenizer: its tokenizer.
         text: the text.
         prefix: tokens to prefill; by default half of all.
+        step: tokens fed at once.
         max_tokens: use only so many tokens of the text; by default 512, or the model's context if that is
             shorter.
-        progress: wraps the loop over tokens; called with an iterable and a description.
+        progress: wraps the loop over steps; called with an iterable and a description.
 
     Returns:
         Perplexity, mean negative log-likelihood in nats, number of predicted tokens.
 
     Raises:
-        ValueError: max_tokens exceeds the context, prefix leaves nothing to predict, or logits are not
-            finite.
+        ValueError: max_tokens exceeds the context, prefix leaves nothing to predict, step is not positive, or
+            logits are not finite.
     """
     block = _block(model, max_tokens, "max_tokens", default=512)
     ids = token_blocks(tokenizer, text, block, block)[0].to(model.device)
     length = ids.shape[1]
     prefix = length // 2 if prefix is None else prefix
+    if step < 1:
+        raise ValueError(f"step={step} is too small; use at least 1.")
     if not 1 <= prefix < length:
         raise ValueError(f"prefix={prefix} does not split {length} tokens; use 1 to {length - 1}.")
     total = 0.0
     with _evaluating(model):
         output = model(ids[:, :prefix], use_cache=True)
-        for position in progress(range(prefix, length), "decoding"):
-            total += _nll(output.logits[0, -1:], ids[0, position : position + 1]).item()
-            if position + 1 < length:
-                token = ids[:, position : position + 1]
-                output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        total += _nll(output.logits[0, -1:], ids[0, prefix : prefix + 1]).item()
+        for start in progress(range(prefix, length - 1, step), "decoding"):
+            stop = min(start + step, length - 1)
+            output = model(ids[:, start:stop], past_key_values=output.past_key_values, use_cache=True)
+            total += _nll(output.logits[0], ids[0, start + 1 : stop + 1]).item()
     return _evaluation(total, length - prefix)
 
 
@@ -252,13 +258,13 @@ def token_agreement(
 def cache_bytes(cache: Cache) -> int:
     """Returns the bytes of what a transformers cache holds: keys, values and other states of every layer.
 
-    Counted are the floating-point tensors of the layers (positions and counters are bookkeeping), each once,
-    even where one tensor serves as keys and as values.
+    Counted are the tensors of the layers, but for scalars (lengths and counters), each once, even where one
+    tensor serves as keys and as values.
     """
     held: dict[tuple[int, tuple[int, ...]], int] = {}
     for layer in cache.layers:
         for tensor in _tensors(vars(layer)):
-            if tensor.is_floating_point() and tensor.numel():
+            if tensor.ndim and tensor.numel():
                 held[tensor.data_ptr(), tuple(tensor.shape)] = tensor.numel() * tensor.element_size()
     return sum(held.values())
 

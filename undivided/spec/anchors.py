@@ -34,8 +34,8 @@ def anchor(
         weights: `[..., receivers, sources]`; what `mask` excludes is not read.
         kind: the anchor, such as `RowSum()` or `Sinkhorn(20)`.
         mask: boolean, broadcasts to `weights`, True where the pair is admissible.
-        row_sums, column_sums: marginals of a Sinkhorn anchor, `[..., receivers]` and `[..., sources]`; default one a
-            receiver, and the column sums of the uniform row kernel on the mask.
+        row_sums: marginal of a Sinkhorn anchor, `[..., receivers]`; default one each.
+        column_sums: the other, `[..., sources]`; default those of the uniform row kernel on the mask.
 
     Returns:
         `alpha`, like `weights`, zero outside the mask. A row without admissible pairs is zero.
@@ -101,7 +101,8 @@ def sinkhorn(
     `f = log a - LSE_i(log w + g)`, `g = relaxation * (log b - LSE_r(log w + f))`, from `g = 0`.
 
     Raises:
-        InfeasibleMarginals: the total masses differ, a marginal is not positive, a row or column has no admissible
+        InfeasibleMarginals: the total masses differ, a marginal is not positive, a row or column has no
+        admissible
             pair, or the tolerance of `kind` is not met.
 
     Source: Sinkhorn Distances (arXiv 1306.0895), section 4; unbalanced: arXiv 1607.05816, section 4.
@@ -126,8 +127,9 @@ def sinkhorn(
         miss = (plan.sum(-2) - column_sums).abs().max().item()
         if miss > kind.tolerance:
             raise InfeasibleMarginals(
-                f"after {kind.num_iterations} sweeps a column sum misses its marginal by {miss:.2e}, more than "
-                f"tolerance={kind.tolerance:g}; the marginals may be infeasible on this mask, or need more sweeps."
+                f"after {kind.num_iterations} sweeps a column sum misses its marginal by {miss:.2e}, more "
+                f"than tolerance={kind.tolerance:g}; the marginals may be infeasible on this mask, or need "
+                "more sweeps."
             )
     return plan
 
@@ -154,8 +156,8 @@ def check_marginals(row_sums: torch.Tensor, column_sums: torch.Tensor, balanced:
         slack = 64 * torch.finfo(rows.dtype).eps * max(row_sums.shape[-1], column_sums.shape[-1])
         if ((rows - columns).abs() > slack * rows).any():
             raise InfeasibleMarginals(
-                f"row_sums add up to {rows.flatten()[0].item():g}, but column_sums to {columns.flatten()[0].item():g}; "
-                "give both the same mass, or relax the columns."
+                f"row_sums add up to {rows.flatten()[0].item():g}, but column_sums to "
+                f"{columns.flatten()[0].item():g}; give both the same mass, or relax the columns."
             )
 
 
@@ -169,7 +171,8 @@ def check_causal_marginals(row_sums: torch.Tensor, column_sums: torch.Tensor) ->
     num_rows, num_columns = row_sums.shape[-1], column_sums.shape[-1]
     if num_rows > num_columns:
         raise InfeasibleMarginals(
-            f"{num_rows} receivers on {num_columns} sources: the first {num_rows - num_columns} see no source."
+            f"{num_rows} receivers on {num_columns} sources: the first {num_rows - num_columns} see no "
+            "source."
         )
     offset = num_columns - num_rows
     supply, demand = column_sums.cumsum(-1)[..., offset:], row_sums.cumsum(-1)
@@ -178,8 +181,9 @@ def check_causal_marginals(row_sums: torch.Tensor, column_sums: torch.Tensor) ->
     if short.any():
         position = int(short.reshape(-1, num_rows).any(0).nonzero()[0, 0])
         raise InfeasibleMarginals(
-            f"the sources up to {position + offset} take {supply.reshape(-1, num_rows)[0, position].item():g}, but the "
-            f"receivers up to {position}, which see no others, give {demand.reshape(-1, num_rows)[0, position].item():g}."
+            f"the sources up to {position + offset} take "
+            f"{supply.reshape(-1, num_rows)[0, position].item():g}, but the receivers up to {position}, "
+            f"which see no others, give {demand.reshape(-1, num_rows)[0, position].item():g}."
         )
 
 
@@ -191,9 +195,14 @@ def _any(mask: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
 
 def _softmax(logits: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
     inside = logits > _NEGATIVE_INFINITY
-    # An empty row is set to zero before the softmax, not after: NaN times zero would stay in the gradient.
-    safe = torch.where(_any(inside, dims), logits, torch.zeros_like(logits))
-    return (safe - torch.logsumexp(safe, dim=dims, keepdim=True)).exp().masked_fill(~inside, 0.0)
+    some = _any(inside, dims)
+    # An empty row is replaced before the exponential, not after: NaN times zero would stay in the gradient.
+    safe = torch.where(inside, logits, torch.zeros_like(logits))
+    top = logits.amax(dims, keepdim=True).detach()
+    weights = (
+        (safe - torch.where(some, top, torch.zeros_like(top))).masked_fill(~inside, _NEGATIVE_INFINITY).exp()
+    )
+    return weights / weights.sum(dims, keepdim=True).masked_fill(~some, 1.0)
 
 
 def _keep_largest(log_weights: torch.Tensor, k: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ class Causal(Mask):
 
 @dataclass(frozen=True)
 class Window(Mask):
-    """Receiver n reads the sources `n - before .. n + after`, counted from its own position (bottom right)."""
+    """Receiver n reads the sources `n - before .. n + after`, counted from its own (bottom right)."""
 
     before: int
     after: int = 0
@@ -90,11 +90,11 @@ class HeadMap(Node):
             counts.append(f"{self.query_heads} query heads")
         if self.key_heads is not None:
             counts.append(f"{self.key_heads} key head{'s' if self.key_heads > 1 else ''}")
-        text = " on ".join(counts) or "key heads divide query heads"
+        parts = [" on ".join(counts)] if counts else []
         for what, assignment in (("keys", self.assignment), ("values", self.value_assignment)):
             if assignment is not None:
-                text += f", {what} by {assignment if isinstance(assignment, str) else 'a table'}"
-        return text
+                parts.append(f"{what} by {assignment if isinstance(assignment, str) else 'a table'}")
+        return ", ".join(parts) or "key heads divide query heads"
 
 
 class Fallback(Node):
@@ -144,8 +144,8 @@ class DefaultPayload(Fallback):
 class Merge(Node):
     """A source map: sources of one class become one, with mean key and mean payload.
 
-    `assignment` names an integer tensor `[batch or 1, sources]` with the class of each source; with `log_counts`
-    the class of n sources has the baseline n, as the identity of coarse-graining requires.
+    `assignment` names an integer tensor `[batch or 1, sources]` with the class of each source; with
+    `log_counts` the class of n sources has the baseline n, as the identity of coarse-graining requires.
     """
 
     assignment: str = tensor_name("assignment")

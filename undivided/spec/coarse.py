@@ -8,7 +8,7 @@ import torch
 
 
 class CoarseGrained(NamedTuple):
-    """Merged sources: `key` and `value` are means of the classes, `log_count` is the logarithm of their sizes."""
+    """Merged sources: means of the classes, and the logarithms of their sizes."""
 
     key: torch.Tensor
     value: torch.Tensor
@@ -20,12 +20,13 @@ def coarse_grain(
 ) -> CoarseGrained:
     """Merges the sources of each class into one.
 
-    `k'_c = mean_{i in c} k_i`, `v'_c = mean_{i in c} v_i`, `log_count_c = log n_c`. If the keys of a class are equal,
-    attention over the merged sources with baseline `n_c` equals attention over all sources; without it a class of n
-    weighs n times too little.
+    `k'_c = mean_{i in c} k_i`, `v'_c = mean_{i in c} v_i`, `log_count_c = log n_c`. If the keys of a class
+    are equal, attention over the merged sources with baseline `n_c` equals attention over all sources;
+    without it a class of n weighs n times too little.
 
     Args:
-        key, value: `[batch, heads, sources, dim]`.
+        key: `[batch, heads, sources, dim]`.
+        value: `[batch, heads, sources, value_dim]`.
         assignment: class of each source, integer `[sources]` or `[batch, sources]`.
         num_classes: default the largest class plus one.
 
@@ -41,12 +42,14 @@ def coarse_grain(
     num_sources = key.shape[2]
     if assignment.shape[1] != num_sources or assignment.shape[0] not in (1, key.shape[0]):
         raise ValueError(
-            f"assignment has shape {list(assignment.shape)}; it needs [{num_sources}] or [{key.shape[0]}, {num_sources}]."
+            f"assignment has shape {list(assignment.shape)}; it needs [{num_sources}] or [{key.shape[0]}, "
+            f"{num_sources}]."
         )
     total = int(assignment.max()) + 1 if num_classes is None else num_classes
     if int(assignment.min()) < 0 or int(assignment.max()) >= total:
         raise ValueError(
-            f"assignment has class {int(assignment.max())}; with num_classes={total} it goes from 0 to {total - 1}."
+            f"assignment has class {int(assignment.max())}; with num_classes={total} it goes from 0 to "
+            f"{total - 1}."
         )
     member = torch.nn.functional.one_hot(assignment, total).to(key.dtype)
     count = member.sum(1)
@@ -78,7 +81,7 @@ def push_forward(
 def coarse_log_weights(
     log_weights: torch.Tensor, assignment: torch.Tensor, num_classes: int | None = None
 ) -> torch.Tensor:
-    """The coarse kernel: `log w'_rc = log sum_{i in c} w_ri`, so that anchoring commutes with coarse-graining.
+    """The coarse kernel: `log w'_rc = log sum_{i in c} w_ri`, which anchoring commutes with.
 
     Args:
         log_weights: `[..., receivers, sources]`, -inf outside the mask.
@@ -103,7 +106,7 @@ class DoubledCarrier(NamedTuple):
 
 
 def double_carrier(weights: torch.Tensor, payload: torch.Tensor) -> DoubledCarrier:
-    """Splits every source into a positive and a negative one, so that signed weights become a row-anchored kernel.
+    """Splits every source in two, so that signed weights become a positive row-anchored kernel.
 
     `sum_i a_i v_i = A * (sum_i [a_i]_+ / A v_i + sum_i [a_i]_- / A (-v_i))`, `A = sum_i |a_i|`.
 
@@ -112,8 +115,8 @@ def double_carrier(weights: torch.Tensor, payload: torch.Tensor) -> DoubledCarri
         payload: `[..., sources, dim]`.
 
     Returns:
-        Weights `[..., receivers, 2 * sources]`, payload `[..., 2 * sources, dim]`, amplitude `[..., receivers, 1]`. A row
-        of zeros has amplitude zero and zero weights.
+        Weights `[..., receivers, 2 * sources]`, payload `[..., 2 * sources, dim]`, amplitude `[...,
+        receivers, 1]`. A row of zeros has amplitude zero and zero weights.
     """
     amplitude = weights.abs().sum(-1, keepdim=True)
     safe = torch.where(amplitude > 0, amplitude, torch.ones_like(amplitude))

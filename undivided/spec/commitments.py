@@ -1,7 +1,8 @@
 """Which commitments of standard attention an operator keeps, found by running it.
 
-Standard attention is what is left after eight commitments. The checker runs an operator that discloses its parts on
-sampled states and reports each commitment as kept, violated, or undefined (it presupposes one that is violated).
+Standard attention is what is left after eight commitments. The checker runs an operator that discloses its
+parts on sampled states and reports each commitment as kept, violated, or undefined (it presupposes one that
+is violated).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from undivided.spec.regime import RowSum
 COMMITMENTS: dict[str, str] = {
     "fixed carrier": "the mask is the same in every state",
     "pairwise score": "s_ri depends on receiver r and source i alone",
-    "separable score": "s_ri = sum_l f_l(x_r) g_l(y_i) with at most `rank` terms, up to row and column fields",
+    "separable score": "s_ri = sum_l f_l(x_r) g_l(y_i), `rank` terms at most, up to unary fields",
     "positive weights": "no weight is negative",
     "exponential link": "log w_ri = beta s_ri + log kappa_ri",
     "row anchor": "alpha_ri = w_ri / sum_j w_rj",
@@ -87,7 +88,8 @@ def check_commitments(
         sampler: draws receivers and sources; N and M should exceed `rank` by a few.
         rank: most terms of a separable score; default the width d of the receivers.
         samples: states drawn.
-        tolerance: residual, relative to the size of what is compared, from which a commitment counts as violated.
+        tolerance: residual, relative to the size of what is compared, from which a commitment counts as
+            violated.
         seed: of the states.
 
     Returns:
@@ -171,7 +173,7 @@ def _relative(value: torch.Tensor, scale: torch.Tensor) -> float:
 
 
 class LinkLaw(NamedTuple):
-    """Largest violation of `psi(a + b) psi(0) = psi(a) psi(b)`, relative; and tau of the fitted `e^(s / tau)`."""
+    """Largest relative violation of `psi(a + b) psi(0) = psi(a) psi(b)`; tau of the fitted `e^(s / tau)`."""
 
     residual: float
     temperature: float

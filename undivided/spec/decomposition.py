@@ -10,8 +10,9 @@ import torch
 class ScoreParts(NamedTuple):
     """`s_ri = row_field_r + column_field_i + interaction_ri` on the admissible pairs.
 
-    The split between the fields has one free constant in each connected component of the mask (`free_constants`);
-    the column field is the one that sums to zero in every component. The interaction has no freedom.
+    The split between the fields has one free constant in each connected component of the mask
+    (`free_constants`); the column field is the one that sums to zero in every component. The interaction has
+    no freedom.
     """
 
     row_field: torch.Tensor
@@ -31,11 +32,11 @@ class ScoreShares(NamedTuple):
 def decompose_scores(
     scores: torch.Tensor, mask: torch.Tensor | None = None, weights: torch.Tensor | None = None
 ) -> ScoreParts:
-    """Least-squares fit of a row field and a column field on the admissible pairs; the residual is the interaction.
+    """Least-squares fit of a row and a column field on the admissible pairs; the rest is the interaction.
 
-    `min_{u, c} sum_ri w_ri (s_ri - u_r - c_i)^2`. On a full rectangle the interaction is the doubly centred matrix
-    `J S J`; with product weights it is centred by their marginals. A mask needs the fit: centring a matrix with
-    zeros (or anything else) in the place of what the mask excludes gives another residual.
+    `min_{u, c} sum_ri w_ri (s_ri - u_r - c_i)^2`. On a full rectangle the interaction is the doubly centred
+    matrix `J S J`; with product weights it is centred by their marginals. A mask needs the fit: centring a
+    matrix with zeros (or anything else) in the place of what the mask excludes gives another residual.
 
     Args:
         scores: `[..., receivers, sources]`; what is not admissible is not read.
@@ -43,8 +44,8 @@ def decompose_scores(
         weights: not negative, broadcasts to `scores`; default one.
 
     Returns:
-        Fields `[..., receivers]` and `[..., sources]`, interaction like `scores` (zero where not admissible), and the
-        number of free constants. In the dtype of `scores`; the fit is float64.
+        Fields `[..., receivers]` and `[..., sources]`, interaction like `scores` (zero where not admissible),
+        and the number of free constants. In the dtype of `scores`; the fit is float64.
 
     Raises:
         ValueError: a weight is negative.
@@ -69,8 +70,8 @@ def decompose_scores(
     row_field = per_row * (row_sums - (weights @ column_field[..., None])[..., 0])
     interaction = exact - row_field[..., None] - column_field[..., None, :]
     interaction = torch.where(weights > 0, interaction, torch.zeros_like(interaction))
-    parts = (x.to(scores.dtype) for x in (row_field, column_field, interaction))
-    return ScoreParts(*parts, nothing.sum(-1))
+    dtype = scores.dtype
+    return ScoreParts(row_field.to(dtype), column_field.to(dtype), interaction.to(dtype), nothing.sum(-1))
 
 
 def score_shares(
@@ -78,11 +79,13 @@ def score_shares(
 ) -> ScoreShares:
     """Shares of the weighted variance of the scores in row field, column field and interaction.
 
-    On a masked carrier the two fields overlap, so they are taken in order: the row share is what row means explain
-    (softmax does not see it), the column share what columns explain beyond, the interaction the rest.
+    On a masked carrier the two fields overlap, so they are taken in order: the row share is what row means
+    explain (softmax does not see it), the column share what columns explain beyond, the interaction the rest.
 
     Args:
-        scores, mask, weights: as in `decompose_scores`.
+        scores: `[..., receivers, sources]`; what is not admissible is not read.
+        mask: as in `decompose_scores`.
+        weights: as in `decompose_scores`.
 
     Returns:
         Three tensors `[...]`.
@@ -113,7 +116,8 @@ def truncate_interaction(
     Args:
         scores: `[..., receivers, sources]`, finite everywhere, also where the mask excludes.
         rank: number of components kept, 0 or more.
-        mask, weights: as in `decompose_scores`.
+        mask: as in `decompose_scores`.
+        weights: as in `decompose_scores`.
 
     Returns:
         Scores like `scores`.
@@ -134,7 +138,7 @@ def truncate_interaction(
 
 
 def low_rank_factors(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Query and key `U sqrt(S)`, `V sqrt(S)` whose product is the best approximation of `matrix` of a given rank.
+    """Query `U sqrt(S)` and key `V sqrt(S)`: their product is the best approximation of a given rank.
 
     Args:
         matrix: `[..., receivers, sources]`.
@@ -149,7 +153,7 @@ def low_rank_factors(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, tor
 
 
 def effective_rank(matrix: torch.Tensor, energy: float = 0.9) -> torch.Tensor:
-    """The least number of components that hold a share of the energy `sum sigma_k^2`; 0 for a matrix of zeros.
+    """The least number of components that hold a share of the energy `sum sigma_k^2`; 0 for zeros.
 
     Args:
         matrix: `[..., receivers, sources]`.
@@ -163,7 +167,12 @@ def effective_rank(matrix: torch.Tensor, energy: float = 0.9) -> torch.Tensor:
     """
     if not 0 < energy <= 1:
         raise ValueError(f"energy={energy} must lie in (0, 1].")
-    squares = torch.linalg.svdvals(matrix.double()).square()
+    return components_for(torch.linalg.svdvals(matrix.double()), energy)
+
+
+def components_for(values: torch.Tensor, energy: float) -> torch.Tensor:
+    """The same from singular values `[..., k]` in falling order."""
+    squares = values.square()
     total = squares.sum(-1, keepdim=True)
     # The share is compared with what is missing, so that energy=1 does not hang on the last rounding.
     missing = total - squares.cumsum(-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,12 @@ from undivided.spec.evidence import (
 from undivided.spec.specification import AttentionSpec, Term
 
 Tensors = Mapping[str, torch.Tensor]
-_LINKS = {Softplus: F.softplus, Relu: F.relu, Gelu: F.gelu, Silu: F.silu}
+_LINKS: tuple[tuple[type[Link], Callable[[torch.Tensor], torch.Tensor]], ...] = (
+    (Softplus, F.softplus),
+    (Relu, F.relu),
+    (Gelu, F.gelu),
+    (Silu, F.silu),
+)
 
 
 class Inputs:
@@ -66,7 +71,8 @@ class HeadExpansion:
         self.assignment = inputs[assignment] if isinstance(assignment, str) else assignment
         if self.assignment is not None and len(self.assignment) != self.num_query_heads:
             raise ValueError(
-                f"the head map assigns {len(self.assignment)} heads; query has {self.num_query_heads}, each needs one."
+                f"the head map assigns {len(self.assignment)} heads; query has {self.num_query_heads}, each "
+                "needs one."
             )
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -141,14 +147,15 @@ def dot_scale(term: Dot | Distance, query: torch.Tensor) -> float:
 
 
 def mapped_key(term: Dot, inputs: Inputs, to_heads: HeadExpansion) -> torch.Tensor:
-    """Returns the keys of a dot product at the query heads, expanded from the latent if the term has a map."""
+    """Returns the keys of a dot product at the query heads, expanded from a latent by the term's map."""
     key = to_heads(inputs[term.key])
     return key if term.key_map is None else torch.einsum("hdr,bhmr->bhmd", inputs[term.key_map], key)
 
 
 def _feature(x: torch.Tensor, name: str | None) -> torch.Tensor:
-    functions = {None: lambda x: x, "elu1": lambda x: F.elu(x) + 1, "relu": F.relu, "softplus": F.softplus}
-    return functions[name](x)
+    if name is None:
+        return x
+    return F.elu(x) + 1 if name == "elu1" else F.relu(x) if name == "relu" else F.softplus(x)
 
 
 def link_weights(link: Link, scores: torch.Tensor) -> torch.Tensor:
@@ -159,13 +166,16 @@ def link_weights(link: Link, scores: torch.Tensor) -> torch.Tensor:
         return F.elu(scores) + 1
     if isinstance(link, Identity):
         return scores
-    return _LINKS[type(link)](scores)
+    for kind, function in _LINKS:
+        if isinstance(link, kind):
+            return function(scores)
+    raise TypeError(f"{link!r} is not a link that the interpreter knows.")
 
 
 def carrier_mask(
     rules: tuple[Mask, ...], num_rows: int, num_columns: int, inputs: Inputs, device: torch.device
 ) -> torch.Tensor:
-    """Returns the boolean mask of all rules together, which broadcasts to `[batch, heads, receivers, sources]`."""
+    """Returns the boolean mask of all rules; broadcasts to `[batch, heads, receivers, sources]`."""
     mask = torch.ones(num_rows, num_columns, dtype=torch.bool, device=device)
     for rule in rules:
         mask = mask & _mask(rule, num_rows, num_columns, inputs, device)
@@ -216,8 +226,8 @@ def _log_factor(factor: Baseline, num_rows: int, num_columns: int, inputs: Input
         index = _distance(num_rows, num_columns, device) + (table.shape[-1] - 1) // 2
         if table.shape[-1] % 2 == 0 or index.min() < 0 or index.max() >= table.shape[-1]:
             raise ValueError(
-                f"{factor.table} has {table.shape[-1]} entries; {num_rows} receivers on {num_columns} sources need an "
-                f"odd number, {2 * num_columns - 1} or more."
+                f"{factor.table} has {table.shape[-1]} entries; {num_rows} receivers on {num_columns} "
+                f"sources need an odd number, {2 * num_columns - 1} or more."
             )
         return table[:, index]
     if isinstance(factor, LogCounts):
@@ -226,8 +236,9 @@ def _log_factor(factor: Baseline, num_rows: int, num_columns: int, inputs: Input
         prior = inputs[factor.tensor]
         if prior.dim() > 3:
             raise StatefulBaseline(
-                f"{factor.tensor} has shape {list(prior.shape)}; a baseline has no batch axis, because it is the same in "
-                "every state. A bias that depends on the state is a term of the chart (GivenScores)."
+                f"{factor.tensor} has shape {list(prior.shape)}; a baseline has no batch axis, because it is "
+                "the same in every state. A bias that depends on the state is a term of the chart "
+                "(GivenScores)."
             )
         return prior
     raise TypeError(f"{factor!r} is not a baseline that the interpreter knows.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from undivided.spec.errors import StatefulBaseline
-from undivided.spec.node import Node, check_kind, input_names, set_tuple, tensor_name
+from undivided.spec.node import Node, input_names, set_tuple, tensor_name
 
 
 class ChartTerm(Node):
@@ -32,7 +32,8 @@ class Dot(PairTerm):
     Args:
         query, key: `[batch, heads, length, dim]`.
         scale: factor; None is `dim ** -0.5` of the query.
-        key_map: tensor `[heads, dim, latent_dim]` that expands a latent key (the low-rank chart); None for none.
+        key_map: tensor `[heads, dim, latent_dim]` that expands a latent key (the low-rank chart); None for
+            none.
         feature: feature map phi, "elu1", "relu" or "softplus"; None is the identity.
     """
 
@@ -58,7 +59,7 @@ class Dot(PairTerm):
 
 @dataclass(frozen=True)
 class Cosine(PairTerm):
-    """`scale * tau_h * cos(q_r, k_i)`; scale None is `head_dim ** 0.5`; `temperature` names tau `[key heads]`."""
+    """`scale * tau * cos(q_r, k_i)`; scale None is `head_dim ** 0.5`; `temperature` is tau `[key heads]`."""
 
     query: str = tensor_name("query")
     key: str = tensor_name("key")
@@ -73,7 +74,7 @@ class Cosine(PairTerm):
 
 @dataclass(frozen=True)
 class Distance(PairTerm):
-    """`-scale / 2 * |q_r - k_i|^2`; scale None is `head_dim ** -0.5`. A dot product with a row and a column field."""
+    """`-scale / 2 * |q_r - k_i|^2`; scale None is `head_dim ** -0.5`. A dot product and two fields."""
 
     query: str = tensor_name("query")
     key: str = tensor_name("key")
@@ -156,7 +157,7 @@ class Alibi(Baseline):
 
 @dataclass(frozen=True)
 class Relative(Baseline):
-    """`log kappa = table[h, distance + L - 1]` of a tensor `[heads or 1, 2 L - 1]`; distance is source - receiver."""
+    """`log kappa = table[h, distance + L - 1]` of a tensor `[heads or 1, 2 L - 1]`, source - receiver."""
 
     table: str = tensor_name("relative_table")
 
@@ -176,7 +177,7 @@ class Prior(Baseline):
 
 @dataclass(frozen=True)
 class LogCounts(Baseline):
-    """`log kappa_i = log n_i` for a source that stands for n_i equal ones; tensor `[batch or 1, heads or 1, sources]`."""
+    """`log kappa_i = log n_i`: a source stands for n_i; tensor `[batch or 1, heads or 1, sources]`."""
 
     tensor: str = tensor_name("log_counts")
 
@@ -192,7 +193,7 @@ class Link(Node):
 
 @dataclass(frozen=True)
 class Exp(Link):
-    """`psi(s) = exp(s / temperature)`: the only continuous increasing link with `psi(a + b) = psi(a) psi(b)`."""
+    """`psi(s) = exp(s / temperature)`: the only increasing link with `psi(a + b) = psi(a) psi(b)`."""
 
     temperature: float = 1.0
 
@@ -260,7 +261,7 @@ class Silu(Link):
 
 @dataclass(frozen=True)
 class Evidence(Node):
-    """`w_ri = mask_ri * kappa_ri * psi(s_ri) * t_ri`; the factor t is a second chart that multiplies (a gate)."""
+    """`w_ri = mask_ri * kappa_ri * psi(s_ri) * t_ri`; the factor t is a second chart, a gate."""
 
     chart: Chart = Chart()
     baseline: tuple[Baseline, ...] = ()
@@ -276,7 +277,7 @@ class Evidence(Node):
             for name in input_names(factor):
                 if name in state:
                     raise StatefulBaseline(
-                        f'the baseline {factor} reads "{name}", which the chart reads as state; add it to the chart.'
+                        f'the baseline {factor} reads "{name}", which the chart reads; add it to the chart.'
                     )
 
     @property

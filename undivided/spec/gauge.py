@@ -1,4 +1,4 @@
-"""Gauge tools: transformations a probe cannot see, canonical representatives, equivalence of specifications."""
+"""Gauge tools: transformations a probe cannot see, invariants, equivalence of specifications."""
 
 from __future__ import annotations
 
@@ -81,10 +81,10 @@ def canonical(
     mask: torch.Tensor | None = None,
     payload: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A complete invariant of the class of a kernel: equal for two kernels exactly if the probe cannot tell them.
+    """A complete invariant of a kernel's class: equal exactly where the probe cannot tell two kernels.
 
-    Rows, columns and totals of one for their ratios; the doubly centred logarithm for cross-ratios; ranks within
-    the row for the order; the aggregate for values; the kernel itself for the entries.
+    Rows, columns and totals of one for their ratios; the doubly centred logarithm for cross-ratios; ranks
+    within the row for the order; the aggregate for values; the kernel itself for the entries.
 
     Args:
         probe: the probe.
@@ -102,7 +102,7 @@ def canonical(
             raise ValueError("payload is None; the observable of Values() is weights @ payload.")
         return weights @ payload
     if isinstance(probe, Support):
-        order = weights.masked_fill(~mask, float("-inf")).argsort(-1, stable=True)
+        order = weights.masked_fill(~mask, float("-inf")).argsort(dim=-1, stable=True)
         return order.argsort(-1).masked_fill(~mask, -1).to(weights.dtype)
     sums = {Row: (-1,), Column: (-2,), Global: (-2, -1)}
     if not isinstance(probe, Row | Column | Global | Plan):
@@ -119,7 +119,7 @@ def canonical(
 
 
 class Equivalence(NamedTuple):
-    """Whether two specifications are equivalent on the given inputs, and how far their invariants are apart."""
+    """Whether two specifications are equivalent on the inputs, and how far their invariants are apart."""
 
     holds: bool
     deviation: float
@@ -129,7 +129,8 @@ def equivalent(first: AttentionSpec, second: AttentionSpec, tensors: Tensors) ->
     """Compares the kernels of two specifications under their common probe, in float64.
 
     Args:
-        first, second: specifications with equal probes and equally many terms.
+        first: a specification.
+        second: one with the same probe and as many terms.
         tensors: the inputs of both.
 
     Returns:
@@ -140,8 +141,8 @@ def equivalent(first: AttentionSpec, second: AttentionSpec, tensors: Tensors) ->
     """
     if first.probe != second.probe or len(first.mix) != len(second.mix):
         raise ValueError(
-            f"only specifications of one probe and one number of terms compare; these have {first.probe!r} with "
-            f"{len(first.mix)} and {second.probe!r} with {len(second.mix)}."
+            f"only specifications of one probe and one number of terms compare; these have {first.probe!r} "
+            f"with {len(first.mix)} and {second.probe!r} with {len(second.mix)}."
         )
     deviation = 0.0
     pairs = zip(interpret(first, tensors).terms, interpret(second, tensors).terms, strict=True)
@@ -160,7 +161,8 @@ def score_gauge(
     """Transforms `q -> R q`, `k -> R^-T k`, which leaves every score `q . k` as it is.
 
     Args:
-        query, key: `[..., length, head_dim]`.
+        query: `[..., length, head_dim]`.
+        key: `[..., length, head_dim]`.
         matrix: R, invertible, `[..., head_dim, head_dim]`.
 
     Returns:

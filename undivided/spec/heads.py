@@ -1,4 +1,4 @@
-"""What the scores of real heads are made of: shares of fields and interaction, ranks, and what truncation costs."""
+"""What the scores of real heads are made of: fields, interaction, ranks, and what truncation costs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from undivided.spec.decomposition import decompose_scores, effective_rank, score_shares, truncate_interaction
+from undivided.spec.decomposition import (
+    components_for,
+    decompose_scores,
+    effective_rank,
+    score_shares,
+    truncate_interaction,
+)
 from undivided.spec.potential import divergence
 
 if TYPE_CHECKING:
@@ -25,10 +31,10 @@ class HeadScores(NamedTuple):
 
     Args:
         row, column, interaction: shares of the variance, which add up to one (see `score_shares`).
-        raw_rank, interaction_rank: components that hold 90 % of the energy of the whole score matrix, before and after
-            the fields fitted on the causal pairs are taken off.
-        divergence: for each rank asked for, mean over receivers of KL(attention || attention with the interaction cut
-            to that rank), in nats.
+        raw_rank, interaction_rank: components that hold 90 % of the energy of the whole score matrix, before
+            and after the fields fitted on the causal pairs are taken off.
+        divergence: for each rank asked for, mean over receivers of KL(attention || attention with the
+            interaction cut to that rank), in nats.
     """
 
     row: torch.Tensor
@@ -75,13 +81,14 @@ def head_scores(scores: torch.Tensor, ranks: Sequence[int] = ()) -> HeadScores:
     causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     shares = score_shares(scores, causal)
     parts = decompose_scores(scores, causal)
-    rest = scores - parts.row_field[..., None] - parts.column_field[..., None, :]
+    fields = parts.row_field[..., None] + parts.column_field[..., None, :]
+    left, values, right = torch.linalg.svd(scores - fields, full_matrices=False)
     weights, cut = _attention(scores, causal), {}
     for rank in ranks:
-        truncated = truncate_interaction(scores, rank, causal)
+        truncated = fields + (left[..., :rank] * values[..., None, :rank]) @ right[..., :rank, :]
         reference = torch.log_softmax(truncated.masked_fill(~causal, float("-inf")), dim=-1)
         cut[rank] = divergence(weights, reference).mean(-1)
-    return HeadScores(*shares, effective_rank(scores), effective_rank(rest), cut)
+    return HeadScores(*shares, effective_rank(scores), components_for(values, 0.9), cut)
 
 
 @contextmanager
@@ -91,16 +98,18 @@ def score_probe(
     """Measures the scores of every head of a causal language model in each forward pass inside the block.
 
     Args:
-        model: a transformers model whose attention goes through the attention registry; texts without padding.
+        model: a transformers model whose attention goes through the attention registry; texts without
+            padding.
         ranks: at which to measure the divergence of truncated scores.
-        truncate_to: run the model itself on scores whose interaction is cut to this rank (for its perplexity); then
-            nothing is measured.
+        truncate_to: run the model itself on scores whose interaction is cut to this rank (for its
+            perplexity); then nothing is measured.
 
     Yields:
         The probe, filled by the forward passes.
 
     Raises:
-        ValueError: the model does not take a registered attention, or asks for something the probe does not compute.
+        ValueError: the model does not take a registered attention, or asks for something the probe does not
+        compute.
 
     Source: Geometric Attention (arXiv 2601.11618 v1), abstract (interaction and fields of a score).
     """
@@ -169,28 +178,32 @@ def score_figure(probe: ScoreProbe, path: str | Path, *, head_dim: int, title: s
         The path.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     ranks = sorted(next(iter(probe.layers.values()))[0].divergence)
-    figure = Figure(figsize=(13, 4.2 if not ranks else 4.6), layout="constrained")
+    figure = Figure(figsize=(16 if ranks else 13, 4.6), layout="constrained")
     axes: Any = figure.subplots(1, 5 if ranks else 4, width_ratios=[1, 1, 1, 1.4, 1.4][: 5 if ranks else 4])
     for axis, name in zip(axes[:3], ("row", "column", "interaction"), strict=True):
-        image = axis.imshow(probe.mean(name), vmin=0, vmax=1, aspect="auto", cmap="viridis", origin="lower")
+        image = axis.imshow(
+            probe.mean(name).numpy(), vmin=0, vmax=1, aspect="auto", cmap="viridis", origin="lower"
+        )
         axis.set(title=f"{name} share", xlabel="head", ylabel="layer" if name == "row" else "")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=axes[:3], shrink=0.8, label="share of the variance of causal scores")
     layers = range(len(probe.layers))
     for name, label in (("raw_rank", "scores"), ("interaction_rank", "interaction")):
-        values = probe.mean(name)
+        values = probe.mean(name).numpy()
         axes[3].plot(layers, values.mean(1), label=label)
-        axes[3].fill_between(layers, values.amin(1), values.amax(1), alpha=0.2)
+        axes[3].fill_between(layers, values.min(1), values.max(1), alpha=0.2)
     axes[3].axhline(head_dim, color="black", linewidth=0.8, linestyle=":", label="head_dim")
-    axes[3].set(title="components for 90 % of the energy", xlabel="layer")
+    axes[3].set(title="rank of 90 % of the energy", xlabel="layer")
     axes[3].legend(frameon=False)
     if ranks:
         values = torch.stack([probe.mean_divergence(rank).flatten() for rank in ranks])
-        axes[4].plot(ranks, values.median(1).values, marker="o", label="median head")
-        axes[4].plot(ranks, values.quantile(0.9, dim=1), marker="o", label="9 of 10 heads below")
+        axes[4].plot(ranks, values.median(1).values.numpy(), marker="o", label="median head")
+        axes[4].plot(ranks, values.quantile(0.9, dim=1).numpy(), marker="o", label="9 of 10 heads below")
         axes[4].set(
-            title="KL after cutting the interaction",
+            title="KL at cut interaction",
             xlabel="rank kept",
             ylabel="nats",
             xscale="log",

@@ -40,9 +40,9 @@ _NEGATIVE_INFINITY = float("-inf")
 class TermTrace(NamedTuple):
     """One term of a mix, opened up; tensors are `[batch, heads, receivers, sources]` in float64.
 
-    `mask` is boolean; `log_prior` is log kappa; `evidence` is w, zero outside the mask; `weights` is alpha; `payload` is
-    `[batch, heads, sources, dim]`, or `[batch, heads, receivers, sources, dim]` for a payload of the pair;
-    `coefficient` broadcasts to `[batch, heads, receivers, 1]`.
+    `mask` is boolean; `log_prior` is log kappa; `evidence` is w, zero outside the mask; `weights` is alpha;
+    `payload` is `[batch, heads, sources, dim]`, or `[batch, heads, receivers, sources, dim]` for a payload of
+    the pair; `coefficient` broadcasts to `[batch, heads, receivers, 1]`.
     """
 
     mask: torch.Tensor
@@ -64,9 +64,8 @@ class Interpretation(NamedTuple):
     def weights(self) -> torch.Tensor:
         """The mixed kernel `sum_t c_t alpha^t`, `[batch, heads, receivers, sources]`."""
         heads = self.terms[0].weights.shape[1]
-        return torch.stack([to_group(trace.coefficient * trace.weights, heads) for trace in self.terms]).sum(
-            0
-        )
+        parts = [trace.coefficient * to_group(trace.weights, heads) for trace in self.terms]
+        return torch.stack(parts).sum(0)
 
 
 def interpret(
@@ -93,9 +92,8 @@ def interpret(
     exact = {k: v.double() if v.is_floating_point() else v for k, v in tensors.items()}
     terms = tuple(_run_term(spec, Inputs(exact, term), attention_mask) for term in spec.mix)
     heads = terms[0].weights.shape[1]
-    out = torch.stack([to_group(trace.coefficient * _aggregate(spec, trace), heads) for trace in terms]).sum(
-        0
-    )
+    parts = [trace.coefficient * to_group(_aggregate(spec, trace), heads) for trace in terms]
+    out = torch.stack(parts).sum(0)
     if isinstance(spec.carrier.empty_row, DefaultPayload):
         empty = ~terms[0].mask.any(-1, keepdim=True)
         out = torch.where(empty, exact[spec.carrier.empty_row.tensor][:, None, :], out)
@@ -107,7 +105,8 @@ def check_inputs(spec: AttentionSpec, tensors: Tensors) -> None:
     missing = [name for name in spec.inputs if name not in tensors]
     if missing:
         raise ValueError(
-            f"the specification reads a tensor {missing[0]!r} that is not given; it needs {', '.join(spec.inputs)}."
+            f"the specification reads a tensor {missing[0]!r} that is not given; it needs "
+            f"{', '.join(spec.inputs)}."
         )
 
 
@@ -130,7 +129,7 @@ def coefficient_of(term: Term, tensors: Tensors, like: torch.Tensor) -> torch.Te
 
 
 def merged_sources(spec: AttentionSpec, inputs: Inputs) -> tuple[Inputs, torch.Tensor | None]:
-    """Inputs with keys and payload merged by the source map, and the log counts as a prior; as they are without one."""
+    """Inputs with keys and payload merged by the source map, if any, and the log counts as a prior."""
     merge = spec.carrier.source_map
     if merge is None:
         return inputs, None
@@ -183,13 +182,13 @@ def check_rows(mask: torch.Tensor) -> None:
     if empty.any():
         batch, head, row = empty.nonzero()[0].tolist()
         raise EmptyRow(
-            f"receiver {row} (batch {batch}, head {head}) has no admissible source; declare carrier.empty_row, such as "
-            "ZeroIncrement() or NullSource()."
+            f"receiver {row} (batch {batch}, head {head}) has no admissible source; declare "
+            "carrier.empty_row, such as ZeroIncrement() or NullSource()."
         )
 
 
 def _weigh(spec, scores, mask, log_prior, factor, inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Evidence and anchored weights; the exponential link stays in the log domain, where it cannot overflow."""
+    """Evidence and anchored weights; the exponential link stays in the log domain: no overflow."""
     link, kind = spec.evidence.link, spec.anchor
     marginals = _marginals(spec, scores, inputs)
     null = null_logit(spec, scores, inputs)

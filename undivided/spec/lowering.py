@@ -1,8 +1,8 @@
 """Lowering: from a specification to the fastest operator that provably computes it.
 
 A target names its operator by a string and imports it when it runs, so that this package needs no other. Its
-`reasons` say why it cannot compute a specification (empty when it can): the same check chooses and refuses. That it
-computes the same function is proved by test: `Lowered.verify` runs it beside the interpreter.
+`reasons` say why it cannot compute a specification (empty when it can): the same check chooses and refuses.
+That it computes the same function is proved by test: `Lowered.verify` runs it beside the interpreter.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ import torch
 import torch.nn.functional as F
 
 from undivided.spec.carrier import Causal, DefaultPayload, NullSource, Refuse, Window
-from undivided.spec.evaluation import HeadExpansion, Inputs, Tensors, carrier_mask, dot_scale, log_baseline
+from undivided.spec.evaluation import (
+    HeadExpansion,
+    Inputs,
+    Tensors,
+    carrier_mask,
+    dot_scale,
+    log_baseline,
+    mapped_key,
+)
 from undivided.spec.evidence import Cosine, Dot, Exp, KeyBias
 from undivided.spec.interpreter import (
     apply_updates,
@@ -28,7 +36,7 @@ from undivided.spec.interpreter import (
     to_group,
 )
 from undivided.spec.regime import ColumnSum, Plan, RowSum, Sinkhorn
-from undivided.spec.specification import AttentionSpec, Source
+from undivided.spec.specification import AttentionSpec, RmsNorm, Scale, Source, Term
 
 
 @dataclass(frozen=True)
@@ -39,13 +47,16 @@ class Target:
         name: what the user passes as `target=`.
         op: the operator, "module:function".
         reasons: sentences that say why it cannot compute a specification; empty when it can.
-        run: computes one term from its inputs: (spec, inputs, attention_mask, operator) -> aggregate.
+        run: (spec, inputs, attention_mask, operator) -> the aggregate of one term; or, of a `whole` target,
+            (spec, tensors, attention_mask, operator) -> the output.
+        whole: whether it computes mix and update as well.
     """
 
     name: str
     op: str
     reasons: Callable[[AttentionSpec], list[str]]
     run: Callable[..., torch.Tensor]
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,24 +69,23 @@ class Lowered:
     def __call__(
         self, tensors: Tensors, attention_mask: torch.Tensor | None = None, **options: Any
     ) -> torch.Tensor:
-        """Returns the output, in the dtype of the inputs; `options` go to the operator (such as `backend`)."""
+        """Returns the output in the dtype of the inputs; `options` (such as `backend`) go to the operator."""
         check_inputs(self.spec, tensors)
-        if self.target.name == "interpreter":
-            return self.target.run(self.spec, tensors, attention_mask)
         module, name = self.target.op.split(":")
         op = getattr(importlib.import_module(module), name)
 
         def call(*args: torch.Tensor, **kwargs: Any) -> Any:
             return op(*args, **kwargs, **options)
 
-        parts = []
-        for term in self.spec.mix:
-            inputs = Inputs(tensors, term)
-            out = self.target.run(self.spec, inputs, attention_mask, call)
-            parts.append(coefficient_of(term, tensors, out) * out)
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + to_group(part, total.shape[1])
+        if self.target.whole:
+            return self.target.run(self.spec, tensors, attention_mask, call)
+        parts = [
+            self.target.run(self.spec, Inputs(tensors, term), attention_mask, call) for term in self.spec.mix
+        ]
+        heads = parts[0].shape[1]
+        total = torch.zeros((), dtype=parts[0].dtype, device=parts[0].device)
+        for term, part in zip(self.spec.mix, parts, strict=True):
+            total = total + coefficient_of(term, tensors, part) * to_group(part, heads)
         return apply_updates(self.spec.update, total, tensors)
 
     def verify(self, tensors: Tensors, attention_mask: torch.Tensor | None = None) -> float:
@@ -91,8 +101,8 @@ def lower(spec: AttentionSpec, target: str = "auto") -> Lowered:
 
     Args:
         spec: the operator.
-        target: "auto" (the first able one) or "latent", "dense", "column", "sinkhorn", "interpreter". "latent" keeps
-            the latent as key and value (for decoding) and is never chosen by itself.
+        target: "auto" (the first able one) or "latent", "differential", "dense", "column", "sinkhorn",
+            "interpreter". "latent" keeps the latent as key and value (for decoding); "auto" never takes it.
 
     Returns:
         A callable.
@@ -172,43 +182,46 @@ def _chart_reasons(spec: AttentionSpec) -> list[str]:
 def _pairs(spec: AttentionSpec, inputs: Inputs) -> _Pairs:
     """Writes a sum of dot products as one of concatenated vectors, with the scale of the first."""
     to_heads = HeadExpansion(spec, inputs)
+    expand = len(spec.evidence.chart.terms) > 1 or spec.carrier.heads.assignment is not None
     queries, keys, scales = [], [], []
     for term in spec.evidence.chart.terms:
         if isinstance(term, Cosine):
             query, key = F.normalize(inputs[term.query], dim=-1), F.normalize(inputs[term.key], dim=-1)
             if term.temperature is not None:
                 key = key * inputs[term.temperature].to(key).reshape(1, -1, 1, 1)
+            keys.append(to_heads(key) if expand else key)
             scales.append(query.shape[-1] ** 0.5 if term.scale is None else term.scale)
         elif isinstance(term, Dot):
-            query, key = inputs[term.query], inputs[term.key]
-            if term.key_map is not None:
-                # s = q . W c, with W of the query head: the key is expanded at the query heads.
-                key = torch.einsum("hdr,bhmr->bhmd", inputs[term.key_map], to_heads(key))
+            query = inputs[term.query]
+            mapped = expand or term.key_map is not None
+            keys.append(mapped_key(term, inputs, to_heads) if mapped else inputs[term.key])
             scales.append(dot_scale(term, query))
         else:
             continue
         queries.append(query)
-        keys.append(key)
-    if len(keys) > 1 or spec.carrier.heads.assignment is not None:
-        keys = [to_heads(key) for key in keys]
     first = scales[0]
-    queries = [
-        query * (scale / first) if scale != first else query
-        for query, scale in zip(queries, scales, strict=True)
-    ]
+    queries = [x if scale == first else x * (scale / first) for x, scale in zip(queries, scales, strict=True)]
     return _Pairs(torch.cat(queries, -1), torch.cat(keys, -1), first)
 
 
-def _values(spec: AttentionSpec, inputs: Inputs, key_heads: int) -> torch.Tensor:
-    payload = spec.payload
-    value, to_heads = inputs[payload.tensor], HeadExpansion(spec, inputs, values=True)  # type: ignore[attr-defined]
+def _values(spec: AttentionSpec, inputs: Inputs, pairs: _Pairs) -> tuple[_Pairs, torch.Tensor]:
+    """Returns pairs and value with the same number of key heads: as they are, or both at the query heads."""
+    payload, heads = spec.payload, spec.carrier.heads
+    value = inputs[payload.tensor]  # type: ignore[attr-defined]
     value_map = payload.value_map  # type: ignore[attr-defined]
+    assigned = heads.assignment is not None or heads.value_assignment is not None
+    if value_map is None and not assigned and value.shape[1] == pairs.key.shape[1]:
+        return pairs, value
+    value = HeadExpansion(spec, inputs, values=True)(value)
     if value_map is not None:
-        return torch.einsum("hrv,bhmr->bhmv", inputs[value_map], to_heads(value))
-    return value if value.shape[1] == key_heads else to_heads(value)
+        value = torch.einsum("hrv,bhmr->bhmv", inputs[value_map], value)
+    key = pairs.key
+    if key.shape[1] != value.shape[1]:
+        key = key.repeat_interleave(value.shape[1] // key.shape[1], dim=1)
+    return pairs._replace(key=key), value
 
 
-# --- dense ------------------------------------------------------------------------------------------------------
+# --- dense ---
 
 
 def _dense_reasons(spec: AttentionSpec) -> list[str]:
@@ -222,12 +235,7 @@ def _dense_reasons(spec: AttentionSpec) -> list[str]:
 
 def _run_dense(spec, inputs, attention_mask, op) -> torch.Tensor:
     inputs, log_count = merged_sources(spec, inputs)
-    pairs = _pairs(spec, inputs)
-    value = _values(spec, inputs, pairs.key.shape[1])
-    heads = pairs.query.shape[1]
-    if value.shape[1] != pairs.key.shape[1]:
-        key = pairs.key.repeat_interleave(heads // pairs.key.shape[1], dim=1)
-        pairs = pairs._replace(key=key)
+    pairs, value = _values(spec, inputs, _pairs(spec, inputs))
     temperature = spec.evidence.link.temperature
     cap = spec.evidence.chart.softcap
     options: dict[str, Any] = {"scale": pairs.scale / temperature}
@@ -268,11 +276,7 @@ def _dense_mask(spec, inputs, pairs, attention_mask, log_count) -> dict[str, Any
         extra.append(attention_mask)
     for part in extra:
         bias = part if bias is None else bias + part
-    if isinstance(spec.carrier.empty_row, Refuse) and (mask is not None or num_rows > num_columns):
-        # What the interpreter refuses must not come out as zeros here.
-        full = carrier_mask(spec.carrier.masks, num_rows, num_columns, inputs, device)
-        full = full if attention_mask is None or attention_mask.dtype != torch.bool else full & attention_mask
-        check_rows(full.expand(pairs.query.shape[0], pairs.query.shape[1], num_rows, num_columns))
+    _refuse_empty_rows(spec, inputs, attention_mask, pairs.query, num_columns)
     if bias is not None:
         bias = bias.to(pairs.query.dtype)
         options["attn_mask"] = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
@@ -281,7 +285,22 @@ def _dense_mask(spec, inputs, pairs, attention_mask, log_count) -> dict[str, Any
     return options
 
 
-# --- latent -----------------------------------------------------------------------------------------------------
+def _refuse_empty_rows(spec, inputs, attention_mask, query, num_columns) -> None:
+    """What the interpreter refuses must not come out as zeros. Waits for the device if a mask is given."""
+    batch, heads, num_rows = query.shape[:3]
+    given = [mask for mask in spec.carrier.masks if not isinstance(mask, Causal | Window)]
+    if not isinstance(spec.carrier.empty_row, Refuse):
+        return
+    if not given and attention_mask is None and num_rows <= num_columns:
+        return
+    mask = carrier_mask(spec.carrier.masks, num_rows, num_columns, inputs, query.device)
+    if attention_mask is not None:
+        seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask > float("-inf")
+        mask = mask & seen
+    check_rows(mask.expand(batch, heads, num_rows, num_columns))
+
+
+# --- latent ---
 
 
 def _latent_reasons(spec: AttentionSpec) -> list[str]:
@@ -307,6 +326,7 @@ def _latent_reasons(spec: AttentionSpec) -> list[str]:
 def _run_latent(spec, inputs, attention_mask, op) -> torch.Tensor:
     dots = spec.evidence.chart.terms
     query, latent = inputs[dots[0].query], inputs[dots[0].key]
+    _refuse_empty_rows(spec, inputs, attention_mask, query, latent.shape[2])
     absorbed = torch.einsum("bhnd,hdr->bhnr", query, inputs[dots[0].key_map])
     rope = (inputs[dots[1].query], inputs[dots[1].key]) if len(dots) == 2 else (None, None)
     temperature, cap = spec.evidence.link.temperature, spec.evidence.chart.softcap
@@ -327,7 +347,60 @@ def _run_latent(spec, inputs, attention_mask, op) -> torch.Tensor:
     )
 
 
-# --- transport --------------------------------------------------------------------------------------------------
+# --- differential ---
+
+
+def _differential_reasons(spec: AttentionSpec) -> list[str]:
+    found = _dense_reasons(spec)
+    if len(spec.mix) != 2 or spec.mix[0] != Term() or spec.mix[1].coefficient >= 0:
+        return [*found, "the mix is not one map minus another"]
+    renamed = {name for name, _ in spec.mix[1].tensors}
+    dot = spec.evidence.chart.terms[0]
+    if len(spec.evidence.chart.terms) > 1 or not isinstance(dot, Dot) or dot.key_map is not None:
+        found.append("the chart is not one plain dot product")
+    elif renamed != {dot.query, dot.key}:
+        found.append("the maps do not differ in query and key alone")
+    if any(
+        not isinstance(m, Causal) and not (isinstance(m, Window) and m.after == 0) for m in spec.carrier.masks
+    ):
+        found.append("the carrier has a mask other than causal or a window")
+    if spec.evidence.baseline or spec.carrier.source_map is not None:
+        found.append("the evidence has a baseline")
+    plain_heads = spec.carrier.heads.assignment is None and spec.carrier.heads.value_assignment is None
+    if not plain_heads or getattr(spec.payload, "value_map", None) is not None:
+        found.append("the carrier has a head map or the payload a map")
+    if isinstance(spec.carrier.empty_row, NullSource):
+        found.append("the carrier has a null source")
+    return found
+
+
+def _run_differential(spec, tensors, attention_mask, op) -> torch.Tensor:
+    signal, noise = (Inputs(tensors, term) for term in spec.mix)
+    dot, temperature, cap = (
+        spec.evidence.chart.terms[0],
+        spec.evidence.link.temperature,
+        spec.evidence.chart.softcap,
+    )
+    query, key = signal[dot.query], signal[dot.key]
+    _refuse_empty_rows(spec, signal, attention_mask, query, key.shape[2])
+    options: dict[str, Any] = {"scale": dot_scale(dot, query) / temperature, "attn_mask": attention_mask}
+    windows = [mask.before + 1 for mask in spec.carrier.masks if isinstance(mask, Window)]
+    options |= {"is_causal": bool(spec.carrier.masks), "window": min(windows) if windows else None}
+    if cap is not None:
+        options["softcap"] = cap / temperature
+    steps = list(spec.update)
+    if steps and isinstance(steps[0], RmsNorm) and steps[0].weight is not None:
+        # The norm and a constant factor behind it are the operator's epilogue.
+        norm = steps.pop(0)
+        options |= {"norm_weight": tensors[norm.weight], "norm_eps": norm.eps}
+        if steps and isinstance(steps[0], Scale):
+            options["out_scale"] = steps.pop(0).factor
+    factor = -coefficient_of(spec.mix[1], tensors, query)[..., 0]
+    out = op(query, noise[dot.query], key, noise[dot.key], signal[spec.payload.tensor], factor, **options)
+    return apply_updates(tuple(steps), out, tensors)
+
+
+# --- transport ---
 
 
 def _transport_reasons(spec: AttentionSpec) -> list[str]:
@@ -362,11 +435,7 @@ def _sinkhorn_reasons(spec: AttentionSpec) -> list[str]:
 
 
 def _run_transport(spec, inputs, attention_mask, op) -> torch.Tensor:
-    pairs = _pairs(spec, inputs)
-    value = _values(spec, inputs, pairs.key.shape[1])
-    if value.shape[1] != pairs.key.shape[1]:
-        key = pairs.key.repeat_interleave(pairs.query.shape[1] // pairs.key.shape[1], dim=1)
-        pairs = pairs._replace(key=key)
+    pairs, value = _values(spec, inputs, _pairs(spec, inputs))
     options: dict[str, Any] = {
         "scale": pairs.scale / spec.evidence.link.temperature,
         "is_causal": bool(spec.carrier.masks),
@@ -383,11 +452,9 @@ def _run_transport(spec, inputs, attention_mask, op) -> torch.Tensor:
     return op(pairs.query, pairs.key, value, **options)
 
 
-def _run_interpreter(
-    spec: AttentionSpec, tensors: Tensors, attention_mask: torch.Tensor | None
-) -> torch.Tensor:
+def _run_interpreter(spec, tensors, attention_mask, op) -> torch.Tensor:
     dtype = next(x.dtype for x in (tensors[name] for name in spec.inputs) if x.is_floating_point())
-    return interpret(spec, tensors, attention_mask=attention_mask).out.to(dtype)
+    return op(spec, tensors, attention_mask=attention_mask).out.to(dtype)
 
 
 def _able(spec: AttentionSpec) -> list[str]:
@@ -396,8 +463,15 @@ def _able(spec: AttentionSpec) -> list[str]:
 
 TARGETS: tuple[Target, ...] = (
     Target("latent", "undivided.ops:latent_attention", _latent_reasons, _run_latent),
+    Target(
+        "differential",
+        "undivided.ops:differential_attention",
+        _differential_reasons,
+        _run_differential,
+        whole=True,
+    ),
     Target("dense", "undivided.ops:dense_attention", _dense_reasons, _run_dense),
-    Target("column", "undivided.ops.transport:column_attention", _column_reasons, _run_transport),
-    Target("sinkhorn", "undivided.ops.transport:sinkhorn_attention", _sinkhorn_reasons, _run_transport),
-    Target("interpreter", "undivided.spec.interpreter:interpret", _able, _run_interpreter),
+    Target("column", "undivided.ops:column_attention", _column_reasons, _run_transport),
+    Target("sinkhorn", "undivided.ops:sinkhorn_attention", _sinkhorn_reasons, _run_transport),
+    Target("interpreter", "undivided.spec.interpreter:interpret", _able, _run_interpreter, whole=True),
 )

@@ -12,22 +12,23 @@ from undivided.spec.specification import AttentionSpec
 
 
 def effective_potential(spec: AttentionSpec, tensors: Tensors) -> torch.Tensor:
-    """The potential of a Gibbs specification: `U_ri = -s_ri - tau log pi_ri`, so that `alpha = softmax(-U / tau)`.
+    """Potential of a Gibbs specification, `U_ri = -s_ri - tau log pi_ri`: `alpha = softmax(-U / tau)`.
 
     Args:
         spec: a specification with `is_gibbs`.
         tensors: its inputs.
 
     Returns:
-        `[batch, heads, receivers, sources]`, float64, +inf outside the mask; pi is kappa normalised over the row.
+        `[batch, heads, receivers, sources]`, float64, +inf outside the mask; pi is kappa normalised over the
+        row.
 
     Raises:
         NotPositive: the specification is not one row-anchored exponential kernel (a signed mix, say).
     """
     if not spec.is_gibbs or not isinstance(spec.evidence.link, Exp):
         raise NotPositive(
-            "a potential exists only for one positive row-anchored kernel with the exponential link; this has "
-            f"link={spec.evidence.link!r}, anchor={spec.anchor!r} and {len(spec.mix)} terms."
+            "a potential exists only for one positive row-anchored kernel with the exponential link; this "
+            f"has link={spec.evidence.link!r}, anchor={spec.anchor!r} and {len(spec.mix)} terms."
         )
     trace = interpret(spec, tensors).terms[0]
     log_prior = torch.log_softmax(trace.log_prior.masked_fill(~trace.mask, float("-inf")), dim=-1)
@@ -40,7 +41,8 @@ def free_energy(
 ) -> torch.Tensor:
     """Free energy of a row: `F[p] = -sum_i p_i s_i + tau KL(p || pi)`.
 
-    Softmax with prior is its only minimiser: `F[p] + tau log Z = tau KL(p || alpha)`, `Z = sum_i pi_i e^(s_i / tau)`.
+    Softmax with prior is its only minimiser: `F[p] + tau log Z = tau KL(p || alpha)`, `Z = sum_i pi_i e^(s_i
+    / tau)`.
 
     Args:
         weights: p, rows of mass one, `[..., sources]`.

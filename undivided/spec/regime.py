@@ -41,7 +41,8 @@ class Plan(Probe):
     Args:
         row_sums: name of a tensor `[..., receivers]`; None is one for every receiver.
         column_sums: name of a tensor `[..., sources]`; None is what the uniform row kernel on the mask has
-            (receivers / sources without a mask), which is feasible on every mask without empty rows or columns.
+            (receivers / sources without a mask), which is feasible on every mask without empty rows or
+            columns.
     """
 
     row_sums: str | None = tensor_name()
@@ -121,7 +122,7 @@ class ColumnSum(Anchor):
 
 @dataclass(frozen=True)
 class Sinkhorn(Anchor):
-    """The scaling `diag(x) W diag(y)` with the marginals of the probe, by Sinkhorn's iteration in the log domain.
+    """The scaling `diag(x) W diag(y)` with the probe's marginals, by Sinkhorn's iteration on logarithms.
 
     `num_iterations` sweeps (rows, then columns) and a last row step: rows are exact, columns in the limit.
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from undivided.spec import carrier as _carrier
 from undivided.spec import evidence as _evidence
 from undivided.spec import regime as _regime
-from undivided.spec.carrier import Carrier, Causal, GivenMask, HeadMap, NullSource, Refuse, Window
+from undivided.spec.carrier import Carrier, Causal, GivenMask, NullSource, Window
 from undivided.spec.errors import NotPositive
 from undivided.spec.evidence import Evidence, Exp
 from undivided.spec.node import Node, check_kind, input_names, set_tuple, tensor_name
@@ -23,9 +24,10 @@ class Term(Node):
 
     Args:
         coefficient: a number.
-        times: name of a tensor that multiplies it: a scalar, `[heads]` or `[batch, heads, receivers]`; None is 1.
-        tensors: pairs (name in the specification, name of the tensor this term reads instead). A term with fewer
-            heads than the first serves a group of its heads each (repeated, not tiled).
+        times: name of a tensor that multiplies it: a scalar, `[heads]` or `[batch, heads, receivers]` with
+            the heads of the first term; None is 1.
+        tensors: pairs (name in the specification, name of the tensor this term reads instead). A term with
+            fewer heads than the first serves a group of its heads each (repeated, not tiled).
     """
 
     coefficient: float = 1.0
@@ -101,7 +103,7 @@ class Scale(Update):
 
 @dataclass(frozen=True)
 class RmsNorm(Update):
-    """`z / sqrt(mean(z^2) + eps) * weight` over the channels of a head; `weight` names `[value_dim]`, or None."""
+    """`z / sqrt(mean(z^2) + eps) * weight` over a head's channels; `weight` names `[value_dim]`, or None."""
 
     weight: str | None = tensor_name("norm_weight")
     eps: float = 1e-5
@@ -137,8 +139,9 @@ class Residual(Update):
 class AttentionSpec(Node):
     """An attention operator as independent declarations.
 
-    `w_ri = mask_ri kappa_ri psi(s_ri)` on the carrier; the probe says which observables of W count; the anchor picks
-    a representative alpha of that class; `z_r = sum_t c_t sum_i alpha^t_ri v_i`; the update turns z into the output.
+    `w_ri = mask_ri kappa_ri psi(s_ri)` on the carrier; the probe says which observables of W count; the
+    anchor picks a representative alpha of that class; `z_r = sum_t c_t sum_i alpha^t_ri v_i`; the update
+    turns z into the output.
 
     The default is softmax attention without a mask.
 
@@ -155,7 +158,8 @@ class AttentionSpec(Node):
         ValueError: the anchor is not one of the probe's, or a part cannot be combined with it.
         TypeError: a part is of the wrong kind.
 
-    Source: Geometric Attention (arXiv 2601.11618 v1), abstract; the language itself is this library's reading.
+    Source: Geometric Attention (arXiv 2601.11618 v1), abstract; the language itself is this library's
+    reading.
     """
 
     carrier: Carrier = Carrier()
@@ -183,7 +187,8 @@ class AttentionSpec(Node):
         if not isinstance(self.probe, self.anchor.probes):
             allowed = " or ".join(f"{probe.__name__}()" for probe in self.anchor.probes)
             raise ValueError(
-                f"anchor={self.anchor!r} does not choose a representative for probe={self.probe!r}; it needs {allowed}."
+                f"anchor={self.anchor!r} does not choose a representative for probe={self.probe!r}; it needs "
+                f"{allowed}."
             )
         if self.evidence.signed and not isinstance(self.anchor, NoAnchor):
             raise NotPositive(
@@ -228,7 +233,7 @@ class AttentionSpec(Node):
 
     @property
     def is_gibbs(self) -> bool:
-        """Whether alpha is one row-anchored exponential kernel: only then are there a potential and a free energy."""
+        """Whether alpha is one row-anchored exponential kernel; only then is there a potential."""
         one_kernel = self.is_positive and len(self.mix) == 1
         return one_kernel and isinstance(self.evidence.link, Exp) and isinstance(self.anchor, RowSum)
 
@@ -254,6 +259,7 @@ def standard(*, is_causal: bool = False) -> AttentionSpec:
     return AttentionSpec(carrier=Carrier(masks=(Causal(),) if is_causal else ()))
 
 
+@cache
 def _kinds() -> dict[str, type[Node]]:
     found = {}
     for module in (_carrier, _evidence, _regime):
@@ -294,21 +300,3 @@ def _from_plain(plain: Any) -> Any:
     if unknown:
         raise ValueError(f"{name} has no field {unknown[0]!r}; it has {', '.join(sorted(fields)) or 'none'}.")
     return kinds[name](**values)
-
-
-__all__ = [
-    "AttentionSpec",
-    "Gate",
-    "HeadMap",
-    "Pair",
-    "Payload",
-    "Perturb",
-    "Refuse",
-    "Residual",
-    "RmsNorm",
-    "Scale",
-    "Source",
-    "Term",
-    "Update",
-    "standard",
-]

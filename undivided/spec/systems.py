@@ -1,7 +1,7 @@
 """The systems of the library as specifications, by slug.
 
-A system here is the attention operator alone: `inputs` says in words what the layer computes before it (projections,
-convolutions, routers), and the output projection comes after it.
+A system here is the attention operator alone: `inputs` says in words what the layer computes before it
+(projections, convolutions, routers), and the output projection comes after it.
 """
 
 from __future__ import annotations
@@ -54,9 +54,13 @@ class SpecifiedSystem:
         return self.build()
 
 
-def gqa(key_heads: int | None = None) -> AttentionSpec:
+def gqa(
+    key_heads: int | None = None, scale: float | None = None, softcap: float | None = None
+) -> AttentionSpec:
     """Grouped-query attention: key heads divide query heads."""
-    return AttentionSpec(carrier=Carrier(_CAUSAL, HeadMap(key_heads=key_heads)))
+    return AttentionSpec(
+        carrier=Carrier(_CAUSAL, HeadMap(key_heads=key_heads)), evidence=_dot_product(scale, softcap)
+    )
 
 
 def sqa(query_heads: int = 8, key_heads: int = 4) -> AttentionSpec:
@@ -64,11 +68,16 @@ def sqa(query_heads: int = 8, key_heads: int = 4) -> AttentionSpec:
     return AttentionSpec(carrier=Carrier(_CAUSAL, HeadMap(query_heads, key_heads)))
 
 
-def gda(lambda_init: float = 0.2, eps: float = 1e-5) -> AttentionSpec:
+def gda(
+    lambda_init: float = 0.2, eps: float = 1e-5, scale: float | None = None, softcap: float | None = None
+) -> AttentionSpec:
     """Grouped differential attention: signal maps minus lambda times the noise map of their group."""
     noise = Term(-1.0, "lambda", (("query", "query_noise"), ("key", "key_noise")))
     return AttentionSpec(
-        carrier=Carrier(_CAUSAL), mix=(Term(), noise), update=(RmsNorm(eps=eps), Scale(1.0 - lambda_init))
+        carrier=Carrier(_CAUSAL),
+        evidence=_dot_product(scale, softcap),
+        mix=(Term(), noise),
+        update=(RmsNorm(eps=eps), Scale(1.0 - lambda_init)),
     )
 
 
@@ -85,7 +94,7 @@ def dha() -> AttentionSpec:
 
 
 def kdgqa() -> AttentionSpec:
-    """Key-driven grouped-query attention: the norms of the keys decide how many query heads a key head serves."""
+    """Key-driven grouped-query attention: the keys' norms decide how many query heads a key head serves."""
     return AttentionSpec(carrier=Carrier(heads=HeadMap(assignment="head_map")))
 
 
@@ -95,10 +104,10 @@ def pgqa() -> AttentionSpec:
 
 
 def cca(key_heads: int | None = None) -> AttentionSpec:
-    """Compressed convolutional attention: cosine scores of convolved latents, with a temperature a key head."""
+    """Compressed convolutional attention: cosine scores of convolved latents."""
     return AttentionSpec(
         carrier=Carrier(_CAUSAL, HeadMap(key_heads=key_heads)),
-        evidence=Evidence(Cosine(temperature="temperature")),
+        evidence=Evidence(Chart((Cosine(temperature="temperature"),))),
     )
 
 
@@ -111,8 +120,8 @@ def mla(
 ) -> AttentionSpec:
     """Multi-head latent attention: score and payload read one latent, through maps of each head.
 
-    `scale` defaults to `(nope_dim + rope_dim) ** -0.5`, whatever the width of the latent. Without `rope_dim` there is no
-    rope term, without `nope_dim` no latent term.
+    `scale` defaults to `(nope_dim + rope_dim) ** -0.5`, whatever the width of the latent. Without `rope_dim`
+    there is no rope term, without `nope_dim` no latent term.
     """
     factor = (nope_dim + rope_dim) ** -0.5 if scale is None else scale
     terms = (Dot("query", "latent", factor, "key_up"), Dot("query_rope", "rope_key", factor))
@@ -142,7 +151,7 @@ def tpla(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> AttentionSpec:
-    """Tensor-parallel latent attention: every head attends in each shard of the latent; the results add up."""
+    """Tensor-parallel latent attention: every head attends in each shard; the results add up."""
     base = mla(1, nope_dim, rope_dim, scale, softcap)
     names = ("latent", "key_up", "value_up")
     shards = tuple(Term(1.0, None, tuple((name, f"{name}_{j}") for name in names)) for j in range(num_shards))
@@ -176,6 +185,10 @@ def linear(feature: str = "elu1", normalised: bool = True) -> AttentionSpec:
         # On products of positive features relu is the identity, and declares that weights cannot be negative.
         return AttentionSpec(Carrier(_CAUSAL), Evidence(chart, link=Relu()))
     return AttentionSpec(Carrier(_CAUSAL), Evidence(chart, link=Identity()), Raw(), NoAnchor())
+
+
+def _dot_product(scale: float | None, softcap: float | None) -> Evidence:
+    return Evidence(Chart((Dot(scale=scale),), softcap))
 
 
 _LATENT_INPUTS = (
@@ -269,16 +282,20 @@ SYSTEMS: dict[str, SpecifiedSystem] = {
         ),
         SpecifiedSystem("alibi", "ALiBi", alibi, source="ALiBi (arXiv 2108.12409), section 3"),
         SpecifiedSystem(
-            "sliding_window", "Sliding window", sliding_window, source="Longformer (arXiv 2004.05150), section 3.1"
+            "sliding_window", "Sliding window", sliding_window,
+            source="Longformer (arXiv 2004.05150), section 3.1"
         ),
         SpecifiedSystem(
             "slot", "Inverted (slot) attention", slot,
             source="Slot Attention (arXiv 2006.15055), section 2.1",
             remark="Slot attention divides by the row sums afterwards; here the column anchor acts alone.",
         ),
-        SpecifiedSystem("sinkhorn", "Sinkhorn attention", sinkhorn, source="Sinkformers (arXiv 2110.11773), section 3"),
         SpecifiedSystem(
-            "linear", "Linear attention", linear, source="Transformers are RNNs (arXiv 2006.16236), section 3.2"
+            "sinkhorn", "Sinkhorn attention", sinkhorn, source="Sinkformers (arXiv 2110.11773), section 3"
+        ),
+        SpecifiedSystem(
+            "linear", "Linear attention", linear,
+            source="Transformers are RNNs (arXiv 2006.16236), section 3.2"
         ),
     )
 }  # fmt: skip

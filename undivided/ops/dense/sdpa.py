@@ -29,6 +29,12 @@ def attend(query, key, value, attn_mask, is_causal, window, scale, softcap, retu
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(query.dtype)
     grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(
+    head_dim, value_dim = query.shape[3], value.shape[3]
+    if query.device.type == "cpu" and value_dim != head_dim:
+        # Torch's fused CPU kernel wants equal widths; without it the N x M matrix is formed, at five times the time.
+        query, key = (F.pad(x, (0, max(value_dim - head_dim, 0))) for x in (query, key))
+        value = F.pad(value, (0, max(head_dim - value_dim, 0)))
+    out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=plain_causal, scale=scale, enable_gqa=grouped
     )
+    return out[..., :value_dim]

@@ -14,8 +14,11 @@ import triton
 import triton.language as tl
 
 _MAX_SPLITS = 256
-# What starting a program and writing its partial sums costs, in blocks of keys.
+# What starting a program and what merging costs, in blocks of keys, and what a better fit of waves must gain to be
+# worth the traffic of the sums: measured at 32,768 keys on an H100, where a block takes a program a microsecond or two.
 _START_COST = 2.0
+_MERGE_COST = 4.0
+_LEAST_GAIN = 1.05
 
 
 @functools.lru_cache(maxsize=4096)
@@ -32,7 +35,8 @@ def choose_splits(tiles: int, blocks: int, slots: int) -> int:
 
     def duration(splits: int) -> float:
         waves = -(-tiles * splits // slots)
-        return waves * (-(-blocks // splits) + _START_COST)
+        compute = waves * (-(-blocks // splits) + _START_COST)
+        return compute if splits == 1 else compute * _LEAST_GAIN + _MERGE_COST
 
     return min(range(1, max(min(blocks, _MAX_SPLITS), 1) + 1), key=lambda splits: (duration(splits), splits))
 
@@ -43,54 +47,89 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-# One program merges a slice of BLOCK_COLUMNS of one row: it keeps the slice in registers, weighs BLOCK_SPLITS parts
-# at a time by exp2 of their log-sums, and skips parts without a key, whose partial sums nobody wrote. It moves
-# `splits * columns * 4` bytes of partial sums, which the decode kernel has just left in the L2 cache.
-@triton.jit
+def allocate(query_latent: torch.Tensor, num_splits: int) -> tuple[torch.Tensor, ...]:
+    """Returns `out` and `lse`, and what the decode kernel writes: these, or the sums of each part in float32."""
+    batch, heads, num_queries, latent_dim = query_latent.shape
+    out = query_latent.new_empty((batch, heads, num_queries, latent_dim))
+    lse = query_latent.new_empty((batch, heads, num_queries), dtype=torch.float32)
+    if num_splits == 1:
+        return out, lse, out, lse
+    rows = batch * heads * num_queries
+    partial = query_latent.new_empty((num_splits, rows, latent_dim), dtype=torch.float32)
+    return out, lse, partial, query_latent.new_empty((num_splits, rows), dtype=torch.float32)
+
+
+# One program merges BLOCK_COLUMNS columns of ROWS rows. Each of its ROWS x GROUPS lines of accumulators [BLOCK_COLUMNS]
+# in registers takes every GROUPS-th part of a row, weighed by exp2 of its log-sum over a running maximum, so that all
+# loads are independent; with many parts the lines of a row are added up at the end. It moves `splits * 4` bytes an
+# element, which the decode kernel has just left in the L2 cache.
+@triton.jit(do_not_specialize=["num_rows", "num_splits"])
 def _merge_kernel(
     partial, partial_lse, out, lse, num_rows, num_splits,
-    LATENT_DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    LATENT_DIM: tl.constexpr, STEPS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    inside = columns < LATENT_DIM
+    # Neighbouring programs read neighbouring columns of the same rows.
+    column_blocks: tl.constexpr = (LATENT_DIM + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    column_block = tl.program_id(0) % column_blocks
+    columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    column_inside = columns < LATENT_DIM
+    line = tl.arange(0, ROWS * GROUPS)
+    row = tl.program_id(0) // column_blocks * ROWS + line // GROUPS
+    row_inside = row < num_rows
 
-    splits = tl.arange(0, SPLITS)
-    logs = tl.load(
-        partial_lse + splits.to(tl.int64) * num_rows + row, mask=splits < num_splits, other=float("-inf")
-    )
-    top = tl.max(logs, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp2(logs - top), 0)
-    # A row that sees no key: weights of zero, and no division by zero.
-    inverse = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
-
-    merged = tl.zeros([BLOCK_COLUMNS], tl.float32)
-    for first in tl.static_range(0, SPLITS, BLOCK_SPLITS):
-        part = first + tl.arange(0, BLOCK_SPLITS)
+    top = tl.full([ROWS * GROUPS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS * GROUPS], tl.float32)
+    merged = tl.zeros([ROWS * GROUPS, BLOCK_COLUMNS], tl.float32)
+    for step in tl.static_range(STEPS):
+        part = step * GROUPS + line % GROUPS
+        inside = row_inside & (part < num_splits)
+        # int64: parts * rows * columns passes 2**31.
         part_row = part.to(tl.int64) * num_rows + row
-        log = tl.load(partial_lse + part_row, mask=part < num_splits, other=float("-inf"))
-        weight = tl.exp2(log - top) * inverse
+        log = tl.load(partial_lse + part_row, mask=inside, other=float("-inf"))
         values = tl.load(
             partial + part_row[:, None] * LATENT_DIM + columns[None, :],
-            mask=(log > float("-inf"))[:, None] & inside[None, :],
+            mask=inside[:, None] & column_inside[None, :],
             other=0.0,
         )
-        merged += tl.sum(weight[:, None] * values, 0)
-    tl.store(out + row * LATENT_DIM + columns, merged.to(out.dtype.element_ty), mask=inside)
-    if tl.program_id(1) == 0:
-        ln2: tl.constexpr = 0.6931471805599453
-        tl.store(lse + row, tl.where(total > 0, (top + tl.log2(tl.where(total > 0, total, 1.0))) * ln2, float("-inf")))
+        new_top = tl.maximum(top, log)
+        # A row that sees no key yet: exp2 of -inf minus 0 is a weight of zero, -inf minus -inf were NaN.
+        finite = tl.where(new_top == float("-inf"), 0.0, new_top)
+        decay = tl.exp2(top - finite)
+        weight = tl.exp2(log - finite)
+        total = total * decay + weight
+        merged = merged * decay[:, None] + weight[:, None] * values
+        top = new_top
+
+    if GROUPS > 1:
+        row = tl.program_id(0) // column_blocks + tl.arange(0, 1)
+        row_inside = row < num_rows
+        best = tl.max(top, 0, keep_dims=True)
+        weight = tl.exp2(top - tl.where(best == float("-inf"), 0.0, best))
+        total = tl.sum(total * weight, 0, keep_dims=True)
+        merged = tl.sum(merged * weight[:, None], 0, keep_dims=True)
+        top = best
+    seen = total > 0
+    safe = tl.where(seen, total, 1.0)
+    tl.store(
+        out + row.to(tl.int64)[:, None] * LATENT_DIM + columns[None, :],
+        (merged / safe[:, None]).to(out.dtype.element_ty),
+        mask=row_inside[:, None] & column_inside[None, :],
+    )
+    log = tl.where(seen, (top + tl.log2(safe)) * 0.6931471805599453, float("-inf"))
+    tl.store(lse + row, log, mask=row_inside & (column_block == 0))
 
 
 def merge_splits(partial: torch.Tensor, partial_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Merges partial sums `[splits, rows, latent_dim]` and their base-2 log-sums `[splits, rows]` into out and lse."""
     num_splits, num_rows, latent_dim = partial.shape
-    splits = triton.next_power_of_2(num_splits)
+    groups = 1 if num_splits <= 32 else 32
+    steps = triton.next_power_of_2(triton.cdiv(num_splits, groups))
+    rows = 1 if groups > 1 else 16 if num_splits <= 2 else 8 if num_splits <= 4 else 4
     block_columns = min(triton.next_power_of_2(latent_dim), 128)
-    grid = (num_rows, triton.cdiv(latent_dim, block_columns))
+    grid = (triton.cdiv(num_rows, rows) * triton.cdiv(latent_dim, block_columns),)
     _merge_kernel[grid](
         partial, partial_lse, out, lse, num_rows, num_splits,
-        LATENT_DIM=latent_dim, SPLITS=splits, BLOCK_SPLITS=min(splits, 32), BLOCK_COLUMNS=block_columns,
+        LATENT_DIM=latent_dim, STEPS=steps, GROUPS=groups, ROWS=rows, BLOCK_COLUMNS=block_columns,
         num_warps=4,
     )  # fmt: skip

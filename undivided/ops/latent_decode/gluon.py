@@ -16,14 +16,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from undivided.ops.latent_decode._splits import choose_splits, merge_splits, multiprocessors
+from undivided.ops.latent_decode._splits import allocate, choose_splits, merge_splits, multiprocessors
+
+# Triton 3.8 calls it `barrier`.
+_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 
 _LOG2E = 1.4426950408889634
+# Sizes that change from call to call: one compiled kernel serves them all.
+_RUNTIME = [
+    "num_keys", "num_queries", "heads_per_latent", "latent_heads", "num_splits", "total_rows",
+    "latent_rows_b", "latent_rows_h", "rope_rows_b", "table_stride_b", "latent_end", "rope_end",
+]  # fmt: skip
 # Rows of a block of keys, and of a warpgroup's tile of queries.
 _BLOCK: gl.constexpr = gl.constexpr(64)
 # Eight threads move 128 contiguous bytes of a row.
@@ -107,12 +114,13 @@ def _store(
 
 
 @gluon.jit
-def _block_range(length, split, num_splits):
-    """Blocks first .. last - 1 of a sequence belong to this part; parts differ by one block at most."""
+def _part(cache_seqlens, batch, num_keys, split, num_splits, HAS_LENGTHS: gl.constexpr):
+    """Length of the sequence; blocks first .. last - 1 of it are this part. Parts differ by one block at most."""
+    length = num_keys
+    if HAS_LENGTHS:
+        length = gl.minimum(gl.load(cache_seqlens + batch), num_keys)
     blocks = gl.cdiv(length, _BLOCK)
-    first = split * blocks // num_splits
-    last = (split + 1) * blocks // num_splits
-    return first, last
+    return length, split * blocks // num_splits, (split + 1) * blocks // num_splits
 
 
 @gluon.jit
@@ -129,26 +137,30 @@ def _row_limits(first_row, num_queries, length, last, IS_CAUSAL: gl.constexpr):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Latent width 512: the float32 accumulator of 64 rows is half of a multiprocessor's registers, so two warpgroups share
-# it. One program: 64 rows against one part of the keys of one sequence. Warpgroup 0 keeps columns 0 .. 255 of the
-# accumulator in registers, warpgroup 1 columns 256 .. 511; each thread holds 128 of the accumulator and 32 scores.
-# Blocks of keys go in pairs: warpgroup 0 computes the scores and weights of the even block, warpgroup 1 of the odd
-# one, each passes its weights to the other through shared memory, and both multiply both by their half of the values.
-# The running maximum goes from the even to the odd block and on, so the two halves always have one scale. The weights
-# of a block take the place of its rope keys, which only its scores need: 72 KB of query and two blocks of 72 KB fill
-# the 227 KB of shared memory. Warpgroup 1 runs half a pair behind, and the softmax of one overlaps the products of the
-# other. A program moves `keys * 576 * 2` bytes; the second tile of 64 rows (128 heads) finds them in the L2 cache.
+# Tiles of 64 rows, latent widths 128, 256 and 512. At 512 the float32 accumulator of 64 rows is half of the registers of
+# a multiprocessor, so two warpgroups share it. One program: 64 rows against one part of the keys of one sequence. Each
+# warpgroup keeps half of the columns of the accumulator in registers (128 a thread at width 512), and 32 scores a
+# thread. They take turns at the blocks of keys: the owner of a block computes its scores and weights, passes the
+# weights on through shared memory, and both multiply them by their half of the values. The running maximum goes from
+# block to block, so that the two halves always have one scale. While one warpgroup does a softmax, the other may work.
+# The weights of a block take the place of its rope keys, which only its scores need: at width 512 the query (72 KB)
+# and two blocks (72 KB each) fill the 227 KB of shared memory. A half of a block is free again as soon as it has been
+# multiplied: what limits these kernels is how much of the cache is on its way at any time. A program moves
+# `keys * (latent_dim + rope_dim) * 2` bytes; a second tile of 64 rows (128 heads) finds them in the L2 cache.
 # ---------------------------------------------------------------------------------------------------------------------
 @gluon.jit
-def _wide_loader(
+def _shared_loader(
     latent_desc, rope_desc, left, right, rope, full, empty, block_table,
-    first, num_pairs, last, latent_row, rope_row, latent_rows_per_page, rope_rows_per_page, latent_end, rope_end,
-    BLOCKS_PER_PAGE: gl.constexpr, HAS_ROPE: gl.constexpr,
+    part, latent_row, rope_row, latent_rows_per_page, rope_rows_per_page, latent_end, rope_end,
+    BLOCKS_PER_PAGE: gl.constexpr, HAS_ROPE: gl.constexpr, HAS_LENGTHS: gl.constexpr, HALF: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    for i in range(2 * num_pairs):
+    cache_seqlens, batch, num_keys, split, num_splits = part
+    length, first, last = _part(cache_seqlens, batch, num_keys, split, num_splits, HAS_LENGTHS)
+    for i in range((last - first + 1) // 2 * 2):
         block = first + i
-        stage = i % 2
-        free = (i // 2 & 1) ^ 1
+        stage = i % STAGES
+        free = (i // STAGES & 1) ^ 1
         # The block that a pair may lack lies past the end of the cache, where the copy engine writes zeros.
         row = latent_end
         row_of_rope = rope_end
@@ -156,11 +168,11 @@ def _wide_loader(
             row = _cache_row(block, latent_row, block_table, latent_rows_per_page, BLOCKS_PER_PAGE)
             row_of_rope = _cache_row(block, rope_row, block_table, rope_rows_per_page, BLOCKS_PER_PAGE)
         mbarrier.wait(empty.index(3 * stage), free)
-        mbarrier.expect(full.index(3 * stage), 64 * 256 * 2)
+        mbarrier.expect(full.index(3 * stage), 64 * HALF * 2)
         tma.async_copy_global_to_shared(latent_desc, [row, 0], full.index(3 * stage), left.index(stage))
         mbarrier.wait(empty.index(3 * stage + 1), free)
-        mbarrier.expect(full.index(3 * stage + 1), 64 * 256 * 2)
-        tma.async_copy_global_to_shared(latent_desc, [row, 256], full.index(3 * stage + 1), right.index(stage))
+        mbarrier.expect(full.index(3 * stage + 1), 64 * HALF * 2)
+        tma.async_copy_global_to_shared(latent_desc, [row, HALF], full.index(3 * stage + 1), right.index(stage))
         if HAS_ROPE:
             mbarrier.wait(empty.index(3 * stage + 2), free)
             mbarrier.expect(full.index(3 * stage + 2), 64 * 64 * 2)
@@ -168,193 +180,174 @@ def _wide_loader(
 
 
 @gluon.jit
-def _wide_scores(
-    query, query_rope, left, right, rope, full, phase, STAGE: gl.constexpr, HAS_ROPE: gl.constexpr
+def _shared_own_block(
+    query, query_rope, left, right, rope, full, empty, ready, tops, values,
+    accumulator, top, total, block, i, zero, scale, length, limit, common,
+    WARPGROUP: gl.constexpr, HAS_ROPE: gl.constexpr, HALF: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    """Scores and weights of a block of this warpgroup, and its half of the values weighted by them."""
+    stage = i % STAGES
+    phase = i // STAGES & 1
     scores = gl.zeros([64, 64], gl.float32, _SCORES)
-    mbarrier.wait(full.index(3 * STAGE), phase)
-    scores = warpgroup_mma(query.index(0), left.index(STAGE).permute((1, 0)), scores, use_acc=False, is_async=True)
-    mbarrier.wait(full.index(3 * STAGE + 1), phase)
-    scores = warpgroup_mma(query.index(1), right.index(STAGE).permute((1, 0)), scores, is_async=True)
+    mbarrier.wait(full.index(3 * stage), phase)
+    key = left.index(stage + zero).permute((1, 0))
+    scores = warpgroup_mma(query.index(zero), key, scores, use_acc=False, is_async=True)
+    mbarrier.wait(full.index(3 * stage + 1), phase)
+    key = right.index(stage + zero).permute((1, 0))
+    scores = warpgroup_mma(query.index(1 + zero), key, scores, is_async=True)
     if HAS_ROPE:
-        mbarrier.wait(full.index(3 * STAGE + 2), phase)
-        scores = warpgroup_mma(query_rope, rope.index(STAGE).permute((1, 0)), scores, is_async=True)
-    return warpgroup_mma_wait(0, [scores])
+        mbarrier.wait(full.index(3 * stage + 2), phase)
+        scores = warpgroup_mma(query_rope, rope.index(stage + zero).permute((1, 0)), scores, is_async=True)
+    scores = warpgroup_mma_wait(0, [scores])
+    if block * 64 + 64 > common:
+        scores = _mask(scores, block, limit)
+        _zero_rows(left.index(stage), length - block * 64, HALF)
+        _zero_rows(right.index(stage), length - block * 64, HALF)
 
-
-@gluon.jit
-def _wide_clear(left, right, kept, STAGE: gl.constexpr):
-    _zero_rows(left.index(STAGE), kept, 256)
-    _zero_rows(right.index(STAGE), kept, 256)
+    new_top = gl.maximum(top, gl.max(scores, 1) * scale)
+    tops.index(WARPGROUP).store(new_top)
+    mbarrier.arrive(ready.index(WARPGROUP))
+    weights = gl.exp2(scores * scale - new_top[:, None])
+    decay = gl.exp2(top - new_top)
+    accumulator = _scale_rows(accumulator, decay)
+    narrow = weights.to(query.dtype)
+    rope.index(stage).store(narrow)
     fence_async_shared()
-    gl.thread_barrier()
+    mbarrier.arrive(ready.index(2 + WARPGROUP))
+    operand = _as_operand(narrow, accumulator)
+    pending = warpgroup_mma(operand, values.index(stage), accumulator, is_async=True)
+    total = total * decay + gl.sum(weights, 1)
+    accumulator = warpgroup_mma_wait(0, [pending])
+    mbarrier.arrive(empty.index(3 * stage + WARPGROUP))
+    return accumulator, new_top, total
 
 
 @gluon.jit
-def _wide_even(
-    query, query_rope, left, right, rope, full, empty, ready, tops, totals,
-    out, lse, scale, length, first, last, num_pairs, first_row, num_rows, out_row, num_queries,
-    IS_CAUSAL: gl.constexpr, HAS_ROPE: gl.constexpr, IS_FINAL: gl.constexpr,
+def _shared_other_block(
+    rope, empty, ready, tops, values, accumulator, top, total, i,
+    WARPGROUP: gl.constexpr, HAS_ROPE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Warpgroup 0: scores of the even blocks, columns 0 .. 255 of the output."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
+    """This warpgroup's half of the values of a block whose weights come from the other warpgroup."""
+    OWNER: gl.constexpr = 1 - WARPGROUP
+    stage = i % STAGES
+    turn = i // 2 & 1
+    mbarrier.wait(ready.index(OWNER), turn)
+    new_top = tops.index(OWNER).load(gl.SliceLayout(1, _SCORES))
+    decay = gl.exp2(top - new_top)
+    accumulator = _scale_rows(accumulator, decay)
+    total *= decay
+    mbarrier.wait(ready.index(2 + OWNER), turn)
+    pending = warpgroup_mma(rope.index(stage), values.index(stage), accumulator, is_async=True)
+    accumulator = warpgroup_mma_wait(0, [pending])
+    mbarrier.arrive(empty.index(3 * stage + WARPGROUP))
+    if HAS_ROPE:
+        mbarrier.arrive(empty.index(3 * stage + 2))
+    return accumulator, new_top, total
+
+
+@gluon.jit
+def _shared_warpgroup(
+    WARPGROUP: gl.constexpr, IS_CAUSAL: gl.constexpr, HAS_ROPE: gl.constexpr, IS_FINAL: gl.constexpr,
+    HAS_LENGTHS: gl.constexpr, HALF: gl.constexpr, STAGES: gl.constexpr, arguments,
+):  # fmt: skip
+    (
+        query_latent, query_rope, query_latent_stride_h, query_latent_stride_n, query_rope_stride_h,
+        query_rope_stride_n, query, query_rope_tile, left, right, rope, full, empty, ready, tops, totals,
+        out, lse, scale, part, first_row, num_rows, out_row, num_queries,
+    ) = arguments  # fmt: skip
+    cache_seqlens, batch, num_keys, split, num_splits = part
+    length, first, last = _part(cache_seqlens, batch, num_keys, split, num_splits, HAS_LENGTHS)
     rows: gl.constexpr = gl.SliceLayout(1, _SCORES)
-    accumulator = gl.zeros([64, 256], gl.float32, layout)
+    _load_query(
+        query.index(WARPGROUP), query_latent + HALF * WARPGROUP, first_row, num_rows, num_queries,
+        query_latent_stride_h, query_latent_stride_n, HALF,
+    )  # fmt: skip
+    if HAS_ROPE and WARPGROUP == 0:
+        _load_query(
+            query_rope_tile, query_rope, first_row, num_rows, num_queries, query_rope_stride_h, query_rope_stride_n, 64
+        )
+    fence_async_shared()
+    mbarrier.arrive(ready.index(4))
+    mbarrier.wait(ready.index(4), 0)
+
+    values = left if WARPGROUP == 0 else right
+    accumulator = gl.zeros([64, HALF], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16]))
     top = gl.full([64], -1.0e30, gl.float32, rows)
     total = gl.zeros([64], gl.float32, rows)
     limit, common = _row_limits(first_row, num_queries, length, last, IS_CAUSAL)
-    for pair in range(num_pairs):
-        phase = pair & 1
-        block = first + 2 * pair
-        scores = _wide_scores(query, query_rope, left, right, rope, full, phase, 0, HAS_ROPE)
-        if block * 64 + 64 > common:
-            scores = _mask(scores, block, limit)
-            _wide_clear(left, right, length - block * 64, 0)
-        even_top = gl.maximum(top, gl.max(scores, 1) * scale)
-        weights = gl.exp2(scores * scale - even_top[:, None])
-        decay = gl.exp2(top - even_top)
-        total = total * decay + gl.sum(weights, 1)
-        weights = weights.to(query.dtype)
-        rope.index(0).store(weights)
-        tops.index(0).store(even_top)
-        fence_async_shared()
-        mbarrier.arrive(ready.index(0))
-        accumulator = _scale_rows(accumulator, decay)
-        accumulator = warpgroup_mma(_as_operand(weights, accumulator), left.index(0), accumulator, is_async=True)
+    # Warpgroup 0 owns blocks 0, 2, ... and warpgroup 1 blocks 1, 3, ...; both take all blocks in order.
+    for pair in range((last - first + 1) // 2):
+        own = 2 * pair + WARPGROUP
+        # Always 0, which the compiler cannot know: else it keeps the addresses of 72 operands in registers.
+        zero = pair >> 30
+        if WARPGROUP == 1:
+            accumulator, top, total = _shared_other_block(
+                rope, empty, ready, tops, values, accumulator, top, total, own - 1, WARPGROUP, HAS_ROPE, STAGES
+            )
+        accumulator, top, total = _shared_own_block(
+            query, query_rope_tile, left, right, rope, full, empty, ready, tops, values,
+            accumulator, top, total, first + own, own, zero, scale, length, limit, common,
+            WARPGROUP, HAS_ROPE, HALF, STAGES,
+        )  # fmt: skip
+        if WARPGROUP == 0:
+            accumulator, top, total = _shared_other_block(
+                rope, empty, ready, tops, values, accumulator, top, total, own + 1, WARPGROUP, HAS_ROPE, STAGES
+            )
 
-        mbarrier.wait(ready.index(1), phase)
-        top = tops.index(1).load(rows)
-        decay = gl.exp2(even_top - top)
-        total *= decay
-        accumulator = warpgroup_mma_wait(0, [accumulator])
-        mbarrier.arrive(empty.index(0))
-        accumulator = _scale_rows(accumulator, decay)
-        accumulator = warpgroup_mma(rope.index(1), left.index(1), accumulator, is_async=True)
-        accumulator = warpgroup_mma_wait(0, [accumulator])
-        mbarrier.arrive(empty.index(3))
-        if HAS_ROPE:
-            mbarrier.arrive(empty.index(5))
-
-    totals.index(0).store(total)
-    mbarrier.arrive(ready.index(2))
-    mbarrier.wait(ready.index(3), 0)
-    total += totals.index(1).load(rows)
-    _store(accumulator, top, total, out, lse, first_row, num_rows, out_row, 0, 512, 256, IS_FINAL, True)
+    # Each has summed the weights of its own blocks.
+    totals.index(WARPGROUP).store(total)
+    mbarrier.arrive(ready.index(5))
+    mbarrier.wait(ready.index(5), 0)
+    total += totals.index(1 - WARPGROUP).load(rows)
+    _store(
+        accumulator, top, total, out, lse, first_row, num_rows, out_row, HALF * WARPGROUP, 2 * HALF, HALF,
+        IS_FINAL, WARPGROUP == 0,
+    )  # fmt: skip
 
 
-@gluon.jit
-def _wide_odd(
-    query, query_rope, left, right, rope, full, empty, ready, tops, totals,
-    out, lse, scale, length, first, last, num_pairs, first_row, num_rows, out_row, num_queries,
-    IS_CAUSAL: gl.constexpr, HAS_ROPE: gl.constexpr, IS_FINAL: gl.constexpr,
-):  # fmt: skip
-    """Warpgroup 1: scores of the odd blocks, columns 256 .. 511 of the output."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
-    rows: gl.constexpr = gl.SliceLayout(1, _SCORES)
-    accumulator = gl.zeros([64, 256], gl.float32, layout)
-    top = gl.full([64], -1.0e30, gl.float32, rows)
-    total = gl.zeros([64], gl.float32, rows)
-    limit, common = _row_limits(first_row, num_queries, length, last, IS_CAUSAL)
-    for pair in range(num_pairs):
-        phase = pair & 1
-        block = first + 2 * pair + 1
-        scores = _wide_scores(query, query_rope, left, right, rope, full, phase, 1, HAS_ROPE)
-        if block * 64 + 64 > common:
-            scores = _mask(scores, block, limit)
-            _wide_clear(left, right, length - block * 64, 1)
-
-        mbarrier.wait(ready.index(0), phase)
-        even_top = tops.index(0).load(rows)
-        decay = gl.exp2(top - even_top)
-        total *= decay
-        accumulator = _scale_rows(accumulator, decay)
-        accumulator = warpgroup_mma(rope.index(0), right.index(0), accumulator, is_async=True)
-
-        # This softmax runs while the tensor cores work on the even block.
-        top = gl.maximum(even_top, gl.max(scores, 1) * scale)
-        weights = gl.exp2(scores * scale - top[:, None])
-        decay = gl.exp2(even_top - top)
-        total = total * decay + gl.sum(weights, 1)
-        weights = weights.to(query.dtype)
-        rope.index(1).store(weights)
-        tops.index(1).store(top)
-        fence_async_shared()
-        mbarrier.arrive(ready.index(1))
-
-        accumulator = warpgroup_mma_wait(0, [accumulator])
-        mbarrier.arrive(empty.index(1))
-        if HAS_ROPE:
-            mbarrier.arrive(empty.index(2))
-        accumulator = _scale_rows(accumulator, decay)
-        accumulator = warpgroup_mma(_as_operand(weights, accumulator), right.index(1), accumulator, is_async=True)
-        accumulator = warpgroup_mma_wait(0, [accumulator])
-        mbarrier.arrive(empty.index(4))
-
-    totals.index(1).store(total)
-    mbarrier.arrive(ready.index(3))
-    mbarrier.wait(ready.index(2), 0)
-    total += totals.index(0).load(rows)
-    _store(accumulator, top, total, out, lse, first_row, num_rows, out_row, 256, 512, 256, IS_FINAL, False)
-
-
-@gluon.jit
-def _wide_kernel(
+@gluon.jit(do_not_specialize=_RUNTIME)
+def _shared_kernel(
     latent_desc, rope_desc, query_latent, query_rope, cache_seqlens, block_table, out, lse,
     scale, num_keys, num_queries, heads_per_latent, latent_heads, num_splits, total_rows,
     query_latent_stride_b, query_latent_stride_h, query_latent_stride_n,
     query_rope_stride_b, query_rope_stride_h, query_rope_stride_n,
-    latent_rows_b, latent_rows_h, latent_end, rope_rows_b, rope_end, table_stride_b,
+    latent_rows_b, latent_rows_h, rope_rows_b, latent_end, rope_end, table_stride_b,
     BLOCKS_PER_PAGE: gl.constexpr, HAS_ROPE: gl.constexpr, IS_CAUSAL: gl.constexpr, HAS_LENGTHS: gl.constexpr,
-    IS_FINAL: gl.constexpr,
+    IS_FINAL: gl.constexpr, LATENT_DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     first_row = gl.program_id(0) * 64
     split = gl.program_id(1)
     batch = gl.program_id(2) // latent_heads
     latent_head = gl.program_id(2) % latent_heads
     num_rows = heads_per_latent * num_queries
-    length = num_keys
-    if HAS_LENGTHS:
-        length = gl.minimum(gl.load(cache_seqlens + batch), num_keys)
-    first, last = _block_range(length, split, num_splits)
-    num_pairs = (last - first + 1) // 2
+    part = (cache_seqlens, batch, num_keys, split, num_splits)
     out_row = split * total_rows + (batch * latent_heads + latent_head) * num_rows
 
+    HALF: gl.constexpr = LATENT_DIM // 2
     dtype: gl.constexpr = latent_desc.dtype
-    half: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    query = gl.allocate_shared_memory(dtype, [2, 64, 256], half)
-    query_rope_tile = gl.allocate_shared_memory(dtype, [64, 64], half)
-    left = gl.allocate_shared_memory(dtype, [2, 64, 256], half)
-    right = gl.allocate_shared_memory(dtype, [2, 64, 256], half)
-    rope = gl.allocate_shared_memory(dtype, [2, 64, 64], half)
+    tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    query = gl.allocate_shared_memory(dtype, [2, 64, HALF], tile)
+    query_rope_tile = gl.allocate_shared_memory(dtype, [64, 64], tile)
+    left = gl.allocate_shared_memory(dtype, [STAGES, 64, HALF], tile)
+    right = gl.allocate_shared_memory(dtype, [STAGES, 64, HALF], tile)
+    rope = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], tile)
     tops = gl.allocate_shared_memory(gl.float32, [2, 64], _VECTOR)
     totals = gl.allocate_shared_memory(gl.float32, [2, 64], _VECTOR)
-    full = gl.allocate_shared_memory(gl.int64, [6, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [6, 1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(6):
+    full = gl.allocate_shared_memory(gl.int64, [3 * STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [3 * STAGES, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [6, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(3 * STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
-    for i in gl.static_range(4):
-        mbarrier.init(ready.index(i), count=1)
+    for i in gl.static_range(6):
+        mbarrier.init(ready.index(i), count=1 if i < 4 else 2)
+    fence_async_shared()
 
     # int64: a batch of queries may be large, one sequence is not.
-    query_latent += gl.cast(batch, gl.int64) * query_latent_stride_b + latent_head * heads_per_latent * query_latent_stride_h
-    _load_query(
-        query.index(0), query_latent, first_row, num_rows, num_queries,
-        query_latent_stride_h, query_latent_stride_n, 256,
-    )  # fmt: skip
-    _load_query(
-        query.index(1), query_latent + 256, first_row, num_rows, num_queries,
-        query_latent_stride_h, query_latent_stride_n, 256,
-    )  # fmt: skip
+    first_head = latent_head * heads_per_latent
+    query_latent += gl.cast(batch, gl.int64) * query_latent_stride_b + first_head * query_latent_stride_h
     if HAS_ROPE:
-        query_rope += gl.cast(batch, gl.int64) * query_rope_stride_b + latent_head * heads_per_latent * query_rope_stride_h
-        _load_query(
-            query_rope_tile, query_rope, first_row, num_rows, num_queries, query_rope_stride_h, query_rope_stride_n, 64
-        )
-    fence_async_shared()
-    gl.thread_barrier()
-
+        query_rope += gl.cast(batch, gl.int64) * query_rope_stride_b + first_head * query_rope_stride_h
     latent_row = latent_head * latent_rows_h
     rope_row = 0
     if BLOCKS_PER_PAGE == 0:
@@ -363,39 +356,41 @@ def _wide_kernel(
     else:
         block_table += batch * table_stride_b
     arguments = (
-        query, query_rope_tile, left, right, rope, full, empty, ready, tops, totals,
-        out, lse, scale, length, first, last, num_pairs, first_row, num_rows, out_row, num_queries,
-        IS_CAUSAL, HAS_ROPE, IS_FINAL,
+        query_latent, query_rope, query_latent_stride_h, query_latent_stride_n, query_rope_stride_h,
+        query_rope_stride_n, query, query_rope_tile, left, right, rope, full, empty, ready, tops, totals,
+        out, lse, scale, part, first_row, num_rows, out_row, num_queries,
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_wide_even, arguments),
-            (_wide_odd, arguments),
-            (_wide_loader, (
+            (_shared_loader, (
                 latent_desc, rope_desc, left, right, rope, full, empty, block_table,
-                first, num_pairs, last, latent_row, rope_row, latent_rows_b, rope_rows_b, latent_end, rope_end,
-                BLOCKS_PER_PAGE, HAS_ROPE,
+                part, latent_row, rope_row, latent_rows_b, rope_rows_b, latent_end, rope_end,
+                BLOCKS_PER_PAGE, HAS_ROPE, HAS_LENGTHS, HALF, STAGES,
             )),
+            (_shared_warpgroup, (0, IS_CAUSAL, HAS_ROPE, IS_FINAL, HAS_LENGTHS, HALF, STAGES, arguments)),
+            (_shared_warpgroup, (1, IS_CAUSAL, HAS_ROPE, IS_FINAL, HAS_LENGTHS, HALF, STAGES, arguments)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 4],
+        [240, 240],
     )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Latent widths 64, 128 and 256: each warpgroup has an accumulator [64, latent_dim] of its own in registers (128 a
-# thread at width 256, and 64 for the scores of two blocks). One program: 128 rows against one part of the keys of one
-# sequence, 64 rows a warpgroup, both on the same blocks of keys; or, if there are no more than 64 rows, the warpgroups
-# take turns at the blocks and their sums are merged as if they were two parts. The scores of the next block are
-# computed while the softmax of this one runs. The query and a ring of STAGES blocks of keys fill the shared memory. A
-# program moves `keys * (latent_dim + rope_dim) * 2` bytes.
+# Tiles of 128 rows, latent widths 64, 128 and 256. One program: 128 rows against one part of the keys of one sequence.
+# Each warpgroup has 64 of the rows, with an accumulator [64, latent_dim] of its own in registers (128 a thread at width
+# 256) and 32 scores a thread; they share the blocks of keys and nothing else, and the softmax of one falls into the
+# products of the other by itself. The query and a ring of STAGES blocks of keys lie in shared memory. A program moves
+# `keys * (latent_dim + rope_dim) * 2` bytes.
 # ---------------------------------------------------------------------------------------------------------------------
 @gluon.jit
-def _narrow_loader(
+def _separate_loader(
     latent_desc, rope_desc, latent, rope, full, empty, block_table,
-    first, last, latent_row, rope_row, latent_rows_per_page, rope_rows_per_page,
-    BLOCKS_PER_PAGE: gl.constexpr, HAS_ROPE: gl.constexpr, LATENT_DIM: gl.constexpr, STAGES: gl.constexpr,
+    part, latent_row, rope_row, latent_rows_per_page, rope_rows_per_page,
+    BLOCKS_PER_PAGE: gl.constexpr, HAS_ROPE: gl.constexpr, HAS_LENGTHS: gl.constexpr, LATENT_DIM: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
+    cache_seqlens, batch, num_keys, split, num_splits = part
+    length, first, last = _part(cache_seqlens, batch, num_keys, split, num_splits, HAS_LENGTHS)
     bytes_of_block: gl.constexpr = 64 * 2 * (LATENT_DIM + (64 if HAS_ROPE else 0))
     for i in range(last - first):
         stage = i % STAGES
@@ -409,116 +404,100 @@ def _narrow_loader(
 
 
 @gluon.jit
-def _narrow_scores(query, query_rope, latent, rope, HAS_ROPE: gl.constexpr):
-    """Starts the scores of a block."""
-    scores = gl.zeros([64, 64], gl.float32, _SCORES)
-    scores = warpgroup_mma(query, latent.permute((1, 0)), scores, use_acc=False, is_async=True)
-    if HAS_ROPE:
-        scores = warpgroup_mma(query_rope, rope.permute((1, 0)), scores, is_async=True)
-    return scores
-
-
-@gluon.jit
-def _narrow_warpgroup(
-    query, query_rope, latent, rope, full, empty,
-    out, lse, scale, length, first, last, first_row, num_rows, out_row, num_queries, start,
-    STEP: gl.constexpr, IS_CAUSAL: gl.constexpr, HAS_ROPE: gl.constexpr, IS_FINAL: gl.constexpr,
-    LATENT_DIM: gl.constexpr, STAGES: gl.constexpr,
+def _separate_warpgroup(
+    WARPGROUP: gl.constexpr, IS_CAUSAL: gl.constexpr, HAS_ROPE: gl.constexpr, IS_FINAL: gl.constexpr,
+    HAS_LENGTHS: gl.constexpr, LATENT_DIM: gl.constexpr, STAGES: gl.constexpr, arguments,
 ):  # fmt: skip
-    """Every STEP-th block of keys from the `start`-th on, for 64 rows."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LATENT_DIM, 16])
+    (
+        query_latent, query_rope, query_latent_stride_h, query_latent_stride_n, query_rope_stride_h,
+        query_rope_stride_n, query, query_rope_tile, latent, rope, full, empty,
+        out, lse, scale, part, first_row, num_rows, out_row, num_queries,
+    ) = arguments  # fmt: skip
+    cache_seqlens, batch, num_keys, split, num_splits = part
+    length, first, last = _part(cache_seqlens, batch, num_keys, split, num_splits, HAS_LENGTHS)
     rows: gl.constexpr = gl.SliceLayout(1, _SCORES)
-    accumulator = warpgroup_mma_init(gl.zeros([64, LATENT_DIM], gl.float32, layout))
+    first_row += 64 * WARPGROUP
+    query = query.index(WARPGROUP)
+    query_rope_tile = query_rope_tile.index(WARPGROUP)
+    _load_query(
+        query, query_latent, first_row, num_rows, num_queries, query_latent_stride_h, query_latent_stride_n, LATENT_DIM
+    )
+    if HAS_ROPE:
+        _load_query(
+            query_rope_tile, query_rope, first_row, num_rows, num_queries, query_rope_stride_h, query_rope_stride_n, 64
+        )
+    fence_async_shared()
+    _barrier()
+
+    accumulator = gl.zeros(
+        [64, LATENT_DIM], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LATENT_DIM, 16])
+    )
     top = gl.full([64], -1.0e30, gl.float32, rows)
     total = gl.zeros([64], gl.float32, rows)
     limit, common = _row_limits(first_row, num_queries, length, last, IS_CAUSAL)
-
-    num_blocks = last - first
-    mbarrier.wait(full.index(start), 0, pred=start < num_blocks)
-    scores = _narrow_scores(query, query_rope, latent.index(start), rope.index(start), HAS_ROPE)
-    scores = warpgroup_mma_wait(0, [scores])
-    for i in range(start, num_blocks, STEP):
+    for i in range(last - first):
         stage = i % STAGES
         block = first + i
+        mbarrier.wait(full.index(stage), i // STAGES & 1)
+        scores = gl.zeros([64, 64], gl.float32, _SCORES)
+        scores = warpgroup_mma(query, latent.index(stage).permute((1, 0)), scores, use_acc=False, is_async=True)
+        if HAS_ROPE:
+            scores = warpgroup_mma(query_rope_tile, rope.index(stage).permute((1, 0)), scores, is_async=True)
+        scores = warpgroup_mma_wait(0, [scores])
         if block * 64 + 64 > common:
             scores = _mask(scores, block, limit)
             _zero_rows(latent.index(stage), length - block * 64, LATENT_DIM)
             fence_async_shared()
-            gl.thread_barrier()
+            _barrier()
         new_top = gl.maximum(top, gl.max(scores, 1) * scale)
         weights = gl.exp2(scores * scale - new_top[:, None])
         decay = gl.exp2(top - new_top)
-        total = total * decay + gl.sum(weights, 1)
         top = new_top
-
-        # Freed before the next block is waited for: it may be this very place that the next block lands in.
-        values = warpgroup_mma_wait(0, [accumulator])
-        mbarrier.arrive(empty.index((i + STAGES - STEP) % STAGES), pred=i >= STEP)
-        # Behind the last block this computes scores of whatever is there, and nobody uses them.
-        ahead = i + STEP
-        mbarrier.wait(full.index(ahead % STAGES), ahead // STAGES & 1, pred=ahead < num_blocks)
-        next_scores = _narrow_scores(
-            query, query_rope, latent.index(ahead % STAGES), rope.index(ahead % STAGES), HAS_ROPE
-        )
-        values = _scale_rows(values, decay)
-        operand = _as_operand(weights.to(query.dtype), values)
-        accumulator = warpgroup_mma(operand, latent.index(stage), values, is_async=True)
-        scores = warpgroup_mma_wait(1, [next_scores])
-
-    values = warpgroup_mma_wait(0, [accumulator])
-    _store(values, top, total, out, lse, first_row, num_rows, out_row, 0, LATENT_DIM, LATENT_DIM, IS_FINAL, True)
+        accumulator = _scale_rows(accumulator, decay)
+        operand = _as_operand(weights.to(query.dtype), accumulator)
+        pending = warpgroup_mma(operand, latent.index(stage), accumulator, is_async=True)
+        total = total * decay + gl.sum(weights, 1)
+        accumulator = warpgroup_mma_wait(0, [pending])
+        mbarrier.arrive(empty.index(stage))
+    _store(accumulator, top, total, out, lse, first_row, num_rows, out_row, 0, LATENT_DIM, LATENT_DIM, IS_FINAL, True)
 
 
-@gluon.jit
-def _narrow_kernel(
+@gluon.jit(do_not_specialize=_RUNTIME)
+def _separate_kernel(
     latent_desc, rope_desc, query_latent, query_rope, cache_seqlens, block_table, out, lse,
     scale, num_keys, num_queries, heads_per_latent, latent_heads, num_splits, total_rows,
     query_latent_stride_b, query_latent_stride_h, query_latent_stride_n,
     query_rope_stride_b, query_rope_stride_h, query_rope_stride_n,
-    latent_rows_b, latent_rows_h, rope_rows_b, table_stride_b,
+    latent_rows_b, latent_rows_h, rope_rows_b, latent_end, rope_end, table_stride_b,
     BLOCKS_PER_PAGE: gl.constexpr, HAS_ROPE: gl.constexpr, IS_CAUSAL: gl.constexpr, HAS_LENGTHS: gl.constexpr,
-    IS_FINAL: gl.constexpr, LATENT_DIM: gl.constexpr, STAGES: gl.constexpr, TAKE_TURNS: gl.constexpr,
+    IS_FINAL: gl.constexpr, LATENT_DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    TILES: gl.constexpr = 1 if TAKE_TURNS else 2
-    first_row = gl.program_id(0) * 64 * TILES
+    first_row = gl.program_id(0) * 128
     split = gl.program_id(1)
     batch = gl.program_id(2) // latent_heads
     latent_head = gl.program_id(2) % latent_heads
     num_rows = heads_per_latent * num_queries
-    length = num_keys
-    if HAS_LENGTHS:
-        length = gl.minimum(gl.load(cache_seqlens + batch), num_keys)
-    first, last = _block_range(length, split, num_splits)
+    part = (cache_seqlens, batch, num_keys, split, num_splits)
+    out_row = split * total_rows + (batch * latent_heads + latent_head) * num_rows
 
     dtype: gl.constexpr = latent_desc.dtype
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    query = gl.allocate_shared_memory(dtype, [TILES, 64, LATENT_DIM], tile)
-    query_rope_tile = gl.allocate_shared_memory(dtype, [TILES, 64, 64], tile)
+    query = gl.allocate_shared_memory(dtype, [2, 64, LATENT_DIM], tile)
+    query_rope_tile = gl.allocate_shared_memory(dtype, [2, 64, 64], tile)
     latent = gl.allocate_shared_memory(dtype, [STAGES, 64, LATENT_DIM], tile)
     rope = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], tile)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=TILES)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
 
     # int64: a batch of queries may be large, one sequence is not.
-    query_latent += gl.cast(batch, gl.int64) * query_latent_stride_b + latent_head * heads_per_latent * query_latent_stride_h
+    first_head = latent_head * heads_per_latent
+    query_latent += gl.cast(batch, gl.int64) * query_latent_stride_b + first_head * query_latent_stride_h
     if HAS_ROPE:
-        query_rope += gl.cast(batch, gl.int64) * query_rope_stride_b + latent_head * heads_per_latent * query_rope_stride_h
-    for i in gl.static_range(TILES):
-        _load_query(
-            query.index(i), query_latent, first_row + i * 64, num_rows, num_queries,
-            query_latent_stride_h, query_latent_stride_n, LATENT_DIM,
-        )  # fmt: skip
-        if HAS_ROPE:
-            _load_query(
-                query_rope_tile.index(i), query_rope, first_row + i * 64, num_rows, num_queries,
-                query_rope_stride_h, query_rope_stride_n, 64,
-            )  # fmt: skip
-    fence_async_shared()
-    gl.thread_barrier()
-
+        query_rope += gl.cast(batch, gl.int64) * query_rope_stride_b + first_head * query_rope_stride_h
     latent_row = latent_head * latent_rows_h
     rope_row = 0
     if BLOCKS_PER_PAGE == 0:
@@ -526,39 +505,23 @@ def _narrow_kernel(
         rope_row += batch * rope_rows_b
     else:
         block_table += batch * table_stride_b
-    rows_before = (batch * latent_heads + latent_head) * num_rows
-    if TAKE_TURNS:
-        second = 0
-        start = 1
-        second_row = first_row
-        out_row = 2 * split * total_rows + rows_before
-        second_out_row = out_row + total_rows
-    else:
-        second = 1
-        start = 0
-        second_row = first_row + 64
-        out_row = split * total_rows + rows_before
-        second_out_row = out_row
+    arguments = (
+        query_latent, query_rope, query_latent_stride_h, query_latent_stride_n, query_rope_stride_h,
+        query_rope_stride_n, query, query_rope_tile, latent, rope, full, empty,
+        out, lse, scale, part, first_row, num_rows, out_row, num_queries,
+    )  # fmt: skip
     gl.warp_specialize(
         [
-            (_narrow_warpgroup, (
-                query.index(0), query_rope_tile.index(0), latent, rope, full, empty,
-                out, lse, scale, length, first, last, first_row, num_rows, out_row, num_queries, 0,
-                3 - TILES, IS_CAUSAL, HAS_ROPE, IS_FINAL, LATENT_DIM, STAGES,
-            )),
-            (_narrow_warpgroup, (
-                query.index(second), query_rope_tile.index(second), latent, rope, full, empty,
-                out, lse, scale, length, first, last, second_row, num_rows, second_out_row, num_queries, start,
-                3 - TILES, IS_CAUSAL, HAS_ROPE, IS_FINAL, LATENT_DIM, STAGES,
-            )),
-            (_narrow_loader, (
+            (_separate_loader, (
                 latent_desc, rope_desc, latent, rope, full, empty, block_table,
-                first, last, latent_row, rope_row, latent_rows_b, rope_rows_b,
-                BLOCKS_PER_PAGE, HAS_ROPE, LATENT_DIM, STAGES,
+                part, latent_row, rope_row, latent_rows_b, rope_rows_b,
+                BLOCKS_PER_PAGE, HAS_ROPE, HAS_LENGTHS, LATENT_DIM, STAGES,
             )),
+            (_separate_warpgroup, (0, IS_CAUSAL, HAS_ROPE, IS_FINAL, HAS_LENGTHS, LATENT_DIM, STAGES, arguments)),
+            (_separate_warpgroup, (1, IS_CAUSAL, HAS_ROPE, IS_FINAL, HAS_LENGTHS, LATENT_DIM, STAGES, arguments)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 4],
+        [240, 240],
     )  # fmt: skip
 
 
@@ -576,50 +539,54 @@ def _flat(cache: torch.Tensor, columns: int) -> tuple[TensorDescriptor, int, int
     return descriptor, stride_b // stride_m, stride_h // stride_m, rows
 
 
-def _attend(
-    query_latent, query_rope, latent, rope_key, scale, cache_seqlens, block_table, is_causal, num_splits
-):
+def latent_attention_forward(
+    query_latent: torch.Tensor,
+    query_rope: torch.Tensor | None,
+    latent: torch.Tensor,
+    rope_key: torch.Tensor | None,
+    scale: float,
+    cache_seqlens: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    latent_scale: None,
+    softcap: None,
+    is_causal: bool,
+    num_splits: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns `out` and `lse` of `latent_attention`, whose checked arguments these are."""
+    if query_latent.stride(3) != 1:
+        query_latent = query_latent.contiguous()
+    if query_rope is not None and query_rope.stride(3) != 1:
+        query_rope = query_rope.contiguous()
     batch, heads, num_queries, latent_dim = query_latent.shape
     latent_heads = latent.shape[1]
     page_size = 0 if block_table is None else latent.shape[2]
     num_keys = latent.shape[2] if block_table is None else block_table.shape[1] * page_size
     rows = heads // latent_heads * num_queries
-    num_rows = batch * heads * num_queries
-    wide = latent_dim == 512
-    take_turns = not wide and rows <= 64
-    row_tiles = triton.cdiv(rows, 64 if wide or take_turns else 128)
+
+    shared = latent_dim == 512 or (rows <= 64 and latent_dim >= 128)
+    row_tiles = triton.cdiv(rows, 64 if shared else 128)
     if num_splits is None:
-        num_splits = choose_splits(
-            row_tiles * batch * latent_heads, triton.cdiv(num_keys, 64), multiprocessors(query_latent.device)
-        )
-    parts = 2 * num_splits if take_turns else num_splits
-    out = query_latent.new_empty((batch, heads, num_queries, latent_dim))
-    lse = query_latent.new_empty((batch, heads, num_queries), dtype=torch.float32)
-    partial, partial_lse = out, lse
-    if parts > 1:
-        partial = query_latent.new_empty((parts, num_rows, latent_dim), dtype=torch.float32)
-        partial_lse = query_latent.new_empty((parts, num_rows), dtype=torch.float32)
-    latent_desc, latent_rows_b, latent_rows_h, latent_end = _flat(latent, min(latent_dim, 256))
+        tiles = row_tiles * batch * latent_heads
+        num_splits = choose_splits(tiles, triton.cdiv(num_keys, 64), multiprocessors(query_latent.device))
+    out, lse, partial, partial_lse = allocate(query_latent, num_splits)
+    if out.numel() == 0:
+        return out, lse
+
+    latent_desc, latent_rows_b, latent_rows_h, latent_end = _flat(latent, latent_dim // 2 if shared else latent_dim)
     rope_desc, rope_rows_b, _, rope_end = _flat(latent if rope_key is None else rope_key, 64)
-    arguments = (
+    kernel = _shared_kernel if shared else _separate_kernel
+    stages = 3 if not shared else 2 if latent_dim == 512 else 4
+    kernel[row_tiles, num_splits, batch * latent_heads](
         latent_desc, rope_desc, query_latent, query_rope, cache_seqlens, block_table, partial, partial_lse,
-        scale * _LOG2E, num_keys, num_queries, heads // latent_heads, latent_heads, num_splits, num_rows,
+        scale * _LOG2E, num_keys, num_queries, heads // latent_heads, latent_heads, num_splits,
+        batch * heads * num_queries,
         *query_latent.stride()[:3], *((0, 0, 0) if query_rope is None else query_rope.stride()[:3]),
-        latent_rows_b, latent_rows_h,
-    )  # fmt: skip
-    table_stride = 0 if block_table is None else block_table.stride(0)
-    options = dict(
+        latent_rows_b, latent_rows_h, rope_rows_b, latent_end, rope_end,
+        0 if block_table is None else block_table.stride(0),
         BLOCKS_PER_PAGE=page_size // 64, HAS_ROPE=rope_key is not None, IS_CAUSAL=is_causal and num_queries > 1,
-        HAS_LENGTHS=cache_seqlens is not None, IS_FINAL=parts == 1, num_warps=4,
+        HAS_LENGTHS=cache_seqlens is not None, IS_FINAL=num_splits == 1, LATENT_DIM=latent_dim,
+        STAGES=stages, num_warps=4,
     )  # fmt: skip
-    grid = (row_tiles, num_splits, batch * latent_heads)
-    if wide:
-        _wide_kernel[grid](*arguments, latent_end, rope_rows_b, rope_end, table_stride, **options)
-    else:
-        _narrow_kernel[grid](
-            *arguments, rope_rows_b, table_stride, **options,
-            LATENT_DIM=latent_dim, STAGES=4 if take_turns else 3, TAKE_TURNS=take_turns,
-        )  # fmt: skip
-    if parts > 1:
+    if num_splits > 1:
         merge_splits(partial, partial_lse, out, lse)
     return out, lse

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from undivided.ops.latent_decode._splits import choose_splits, merge_splits, multiprocessors
+from undivided.ops.latent_decode._splits import allocate, choose_splits, merge_splits, multiprocessors
 
 _LOG2E = 1.4426950408889634
+# Sizes that change from call to call: one compiled kernel serves them all.
+_RUNTIME = [
+    "num_keys", "num_queries", "heads_per_latent", "latent_heads", "num_splits", "num_rows", "table_stride_b",
+    "row_scale_stride_b",
+]  # fmt: skip
 
 
 # One program: BLOCK_ROWS rows (the queries and heads that share a latent head; row = head * queries + query) against
@@ -19,7 +25,7 @@ _LOG2E = 1.4426950408889634
 # of the next blocks of keys land too. It must move `keys * (latent_dim + rope_dim)` elements of cache, once: a block
 # is loaded once and serves as key and as value. Row tiles of one sequence are neighbours in the grid and run at the
 # same time, so a second tile finds its keys in the L2 cache.
-@triton.jit
+@triton.jit(do_not_specialize=_RUNTIME)
 def _attend_kernel(
     query_latent, query_rope, latent, rope_key, cache_seqlens, block_table, row_scale, out, lse,
     scale, softcap, num_keys, num_queries, heads_per_latent, latent_heads, num_splits, num_rows,
@@ -157,24 +163,68 @@ class Tiling:
     num_stages: int
 
 
-def choose_tiling(rows: int, latent_dim: int, rope_dim: int, element_size: int) -> Tiling:
+# Measured on an H100 (the first of each number of rows), then smaller ones for devices with less shared memory.
+_TILINGS = {
+    512: (
+        Tiling(64, 64, 8, 2),
+        Tiling(64, 32, 8, 2),
+        Tiling(32, 64, 8, 3),
+        Tiling(32, 32, 8, 3),
+        Tiling(32, 32, 8, 2),
+        Tiling(16, 64, 4, 3),
+        Tiling(16, 32, 4, 3),
+        Tiling(16, 32, 4, 2),
+    ),
+    256: (
+        Tiling(128, 64, 8, 3),
+        Tiling(128, 32, 8, 2),
+        Tiling(64, 64, 4, 3),
+        Tiling(64, 32, 4, 2),
+        Tiling(32, 64, 4, 4),
+        Tiling(32, 32, 4, 3),
+        Tiling(16, 64, 4, 3),
+        Tiling(16, 32, 4, 3),
+    ),
+}
+
+
+@functools.cache
+def choose_tiling(rows: int, width: int, cache_bytes: int, shared_memory: int, has_wgmma: bool) -> Tiling:
     """Returns the tiling for `rows` queries x heads that share a latent head.
 
     Args:
         rows: query heads of a latent head x queries.
-        latent_dim: width of the latent.
-        rope_dim: width of the rope key, 0 without.
-        element_size: bytes of an element of the cache.
+        width: elements of a padded cache row.
+        cache_bytes: bytes of an element of the cache; those of the query are 2.
+        shared_memory: bytes a program may use.
+        has_wgmma: whether products of 64 rows and more take their operands from shared memory (Hopper), so that the
+            block in use is kept beside those in flight.
     """
-    width = triton.next_power_of_2(latent_dim)
-    if width > 256:
-        block_rows = 16 if rows <= 16 else 32 if rows <= 32 else 64
-        return Tiling(block_rows, 64 if block_rows < 64 else 32, 4 if block_rows == 16 else 8, 2)
-    block_rows = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
-    return Tiling(block_rows, 64, 8 if block_rows == 128 else 4, 3)
+    candidates = _TILINGS[512 if width > 512 else 256]
+    fitting = [t for t in candidates if _shared_memory(t, width, cache_bytes, has_wgmma) <= shared_memory]
+    fitting = fitting or [candidates[-1]]
+    enough = [t for t in fitting if t.block_rows >= rows]
+    least = min((t.block_rows for t in enough), default=fitting[0].block_rows)
+    return next(t for t in fitting if t.block_rows == least)
 
 
-def _attend(
+def _shared_memory(tiling: Tiling, width: int, cache_bytes: int, has_wgmma: bool) -> int:
+    kept = tiling.num_stages if has_wgmma and tiling.block_rows >= 64 else tiling.num_stages - 1
+    # An fp8 block is widened before it is multiplied.
+    widened = 2 * tiling.block_keys * width if cache_bytes == 1 else 0
+    query = 2 * tiling.block_rows * (width + tiling.block_keys)
+    return kept * tiling.block_keys * width * cache_bytes + widened + query
+
+
+@functools.cache
+def _limits(device: torch.device) -> tuple[int, bool]:
+    if device.type != "cuda":
+        return 227 * 1024, True
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin, properties.major == 9
+
+
+def latent_attention_forward(
     query_latent: torch.Tensor,
     query_rope: torch.Tensor | None,
     latent: torch.Tensor,
@@ -187,6 +237,7 @@ def _attend(
     is_causal: bool,
     num_splits: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns `out` and `lse` of `latent_attention`, whose checked arguments these are."""
     if query_latent.stride(3) != 1:
         query_latent = query_latent.contiguous()
     if query_rope is not None and query_rope.stride(3) != 1:
@@ -197,35 +248,30 @@ def _attend(
     page_size = 0 if block_table is None else latent.shape[2]
     num_keys = latent.shape[2] if block_table is None else block_table.shape[1] * page_size
     rows = heads // latent_heads * num_queries
-    num_rows = batch * heads * num_queries
+    latent_block = triton.next_power_of_2(latent_dim)
+    rope_block = max(16, triton.next_power_of_2(rope_dim))
 
-    tiling = choose_tiling(rows, latent_dim, rope_dim, latent.element_size())
+    width = latent_block + (rope_block if rope_dim else 0)
+    tiling = choose_tiling(rows, width, min(latent.element_size(), 2), *_limits(query_latent.device))
     row_tiles = triton.cdiv(rows, tiling.block_rows)
     if num_splits is None:
-        blocks = triton.cdiv(num_keys, tiling.block_keys)
+        tiles = row_tiles * batch * latent_heads
         num_splits = choose_splits(
-            row_tiles * batch * latent_heads, blocks, multiprocessors(query_latent.device)
+            tiles, triton.cdiv(num_keys, tiling.block_keys), multiprocessors(query_latent.device)
         )
-
-    out = query_latent.new_empty((batch, heads, num_queries, latent_dim))
-    lse = query_latent.new_empty((batch, heads, num_queries), dtype=torch.float32)
-    if num_rows == 0:
+    out, lse, partial, partial_lse = allocate(query_latent, num_splits)
+    if out.numel() == 0:
         return out, lse
-    partial, partial_lse = out, lse
-    if num_splits > 1:
-        partial = query_latent.new_empty((num_splits, num_rows, latent_dim), dtype=torch.float32)
-        partial_lse = query_latent.new_empty((num_splits, num_rows), dtype=torch.float32)
 
     factor = scale * _LOG2E if softcap is None else 2 * scale / softcap * _LOG2E
     _attend_kernel[row_tiles, num_splits, batch * latent_heads](
         query_latent, query_rope, latent, rope_key, cache_seqlens, block_table, latent_scale, partial, partial_lse,
         factor, 0.0 if softcap is None else softcap * _LOG2E,
-        num_keys, num_queries, heads // latent_heads, latent_heads, num_splits, num_rows,
+        num_keys, num_queries, heads // latent_heads, latent_heads, num_splits, batch * heads * num_queries,
         *query_latent.stride()[:3], *((0, 0, 0) if query_rope is None else query_rope.stride()[:3]),
         *latent.stride()[:3], *((0, 0) if rope_key is None else (rope_key.stride(0), rope_key.stride(2))),
         0 if block_table is None else block_table.stride(0), 0 if latent_scale is None else latent_scale.stride(0),
-        LATENT_DIM=latent_dim, ROPE_DIM=rope_dim,
-        LATENT_BLOCK=triton.next_power_of_2(latent_dim), ROPE_BLOCK=max(16, triton.next_power_of_2(rope_dim)),
+        LATENT_DIM=latent_dim, ROPE_DIM=rope_dim, LATENT_BLOCK=latent_block, ROPE_BLOCK=rope_block,
         BLOCK_ROWS=tiling.block_rows, BLOCK_KEYS=tiling.block_keys, PAGE_SIZE=page_size,
         IS_CAUSAL=is_causal and num_queries > 1, HAS_LENGTHS=cache_seqlens is not None,
         HAS_ROW_SCALE=latent_scale is not None, HAS_SOFTCAP=softcap is not None, IS_FINAL=num_splits == 1,

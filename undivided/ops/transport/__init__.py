@@ -1,4 +1,4 @@
-"""Attention whose weights are normalised over queries, or over both sides: column and plan (Sinkhorn) anchors."""
+"""Attention with weights normalised over queries, or over both sides: column and plan (Sinkhorn) anchors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def _sinkhorn_triton(**arguments):
 
 
 def _triton_reasons(query, key, value, attn_mask, **arguments) -> list[str]:
-    found = []
+    found = _triton_availability()
+    if found:
+        return found
     if attn_mask is not None:
         found.append("attn_mask is given (the kernels know is_causal only)")
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -38,11 +40,11 @@ def _triton_reasons(query, key, value, attn_mask, **arguments) -> list[str]:
     return found
 
 
+# It does not change within a process, and torch.compile could not look into it.
+@torch.compiler.assume_constant_result
 def _interprets() -> bool:
-    try:
-        import triton
-    except ImportError:
-        return False
+    import triton
+
     return bool(triton.knobs.runtime.interpret)
 
 
@@ -76,15 +78,16 @@ def column_attention(
 ) -> torch.Tensor:
     """Attention with softmax over the queries: every key spends a total weight of one.
 
-    `out_n = sum_m P_nm v_m`, `P_nm = exp(s_nm) / sum_n' exp(s_n'm)`, `s_nm = scale * q_n . k_m`. Rows do not sum to
-    one. With a causal mask an output still depends on later queries, through the sums: not for decoding.
+    `out_n = sum_m P_nm v_m`, `P_nm = exp(s_nm) / sum_n' exp(s_n'm)`, `s_nm = scale * q_n . k_m`. Rows do not
+    sum to one. With a causal mask an output still depends on later queries, through the sums: not for
+    decoding.
 
     Args:
         query: `[batch, heads, queries, head_dim]`.
         key: `[batch, key_heads, keys, head_dim]`; `key_heads` divides `heads`.
         value: `[batch, key_heads, keys, value_dim]`.
-        attn_mask: boolean (True = seen), broadcasts to `[batch, heads, queries, keys]`; a key without a query counts for
-            nothing.
+        attn_mask: boolean (True = seen), broadcasts to `[batch, heads, queries, keys]`; a key without a query
+            counts for nothing.
         is_causal: query n of N meets key m of M only if `m <= n + M - N`; needs `N <= M`.
         scale: factor of the logits; default `head_dim ** -0.5`.
         backend: "auto", "triton" (no N x M buffer; CUDA, or Triton's interpreter) or "reference".
@@ -96,8 +99,9 @@ def column_attention(
         ValueError: shapes do not fit, or the backend cannot run the inputs.
         TypeError: dtypes do not fit.
 
-    Source: Geometric Attention (arXiv 2601.11618 v1), abstract (anchors); softmax over queries: Object-Centric
-    Learning with Slot Attention (arXiv 2006.15055), section 2.1, there followed by a row normalisation.
+    Source: Geometric Attention (arXiv 2601.11618 v1), abstract (anchors); softmax over queries:
+    Object-Centric Learning with Slot Attention (arXiv 2006.15055), section 2.1, there followed by a row
+    normalisation.
     """
     _check(query, key, value, attn_mask, is_causal)
     arguments = {
@@ -128,24 +132,25 @@ def sinkhorn_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention by an entropic transport plan: weights with given row sums a and column sums b.
 
-    `out_n = sum_m P_nm v_m`, `P = exp(s_nm + f_n + g_m)`, `s_nm = scale * q_n . k_m`; from `g = 0` each sweep sets
-    `f_n = log a_n - LSE_m(s_nm + g_m)`, `g_m = relaxation * (log b_m - LSE_n(s_nm + f_n))`; a last f closes, so that
-    rows sum to a exactly and columns to b in the limit. No sweep is softmax attention. The gradient is that of the
-    sweeps as computed, not of their limit. Adding a constant to a row or a column of s changes nothing in the limit.
+    `out_n = sum_m P_nm v_m`, `P = exp(s_nm + f_n + g_m)`, `s_nm = scale * q_n . k_m`; from `g = 0` each sweep
+    sets `f_n = log a_n - LSE_m(s_nm + g_m)`, `g_m = relaxation * (log b_m - LSE_n(s_nm + f_n))`; a last f
+    closes, so that rows sum to a exactly and columns to b in the limit. No sweep is softmax attention. The
+    gradient is that of the sweeps as computed, not of their limit. Adding a constant to a row or a column of
+    s changes nothing in the limit.
 
     Args:
         query: `[batch, heads, queries, head_dim]`.
         key: `[batch, key_heads, keys, head_dim]`; `key_heads` divides `heads`.
         value: `[batch, key_heads, keys, value_dim]`.
         row_marginal: a, broadcasts to `[batch, heads, queries]`, positive; default 1.
-        column_marginal: b, broadcasts to `[batch, heads, keys]`, positive, of the same sum as a if `relaxation` is
-            1; default the column sums of uniform attention, `queries / keys` or, with `is_causal`,
-            `sum_n 1 / (number of keys of query n)` over the queries that see the key. (Equal column sums on a causal
-            square would leave the identity as the only plan.)
+        column_marginal: b, broadcasts to `[batch, heads, keys]`, positive, of the same sum as a if
+            `relaxation` is 1; default the column sums of uniform attention, `queries / keys` or, with
+            `is_causal`, `sum_n 1 / (number of keys of query n)` over the queries that see the key. (Equal
+            column sums on a causal square would leave the identity as the only plan.)
         attn_mask: boolean (True = admissible), broadcasts to `[batch, heads, queries, keys]`; needs a
             `column_marginal` that a plan on it can have.
-        is_causal: query n of N meets key m of M only if `m <= n + M - N`; needs `N <= M`. An output still depends on
-            later queries, through g: not for decoding.
+        is_causal: query n of N meets key m of M only if `m <= n + M - N`; needs `N <= M`. An output still
+            depends on later queries, through g: not for decoding.
         scale: factor of the logits; default `head_dim ** -0.5`.
         num_iterations: sweeps, 0 or more.
         relaxation: `rho / (rho + tau)` of unbalanced transport, in (0, 1]; 1 is balanced.
@@ -160,8 +165,9 @@ def sinkhorn_attention(
         ValueError: shapes, marginals or options do not fit, or the backend cannot run the inputs.
         TypeError: dtypes do not fit.
 
-    Source: Sinkhorn Distances (arXiv 1306.0895), section 4; in attention: Sinkformers (arXiv 2110.11773), section 3;
-    relaxation: arXiv 1607.05816, section 4; as an anchor: Geometric Attention (arXiv 2601.11618 v1), abstract.
+    Source: Sinkhorn Distances (arXiv 1306.0895), section 4; in attention: Sinkformers (arXiv 2110.11773),
+    section 3; relaxation: arXiv 1607.05816, section 4; as an anchor: Geometric Attention (arXiv 2601.11618
+    v1), abstract.
     """
     _check(query, key, value, attn_mask, is_causal)
     batch, heads, num_queries, head_dim = query.shape
@@ -230,8 +236,8 @@ def _default_marginals(num_queries: int, num_keys: int, is_causal: bool, like: t
     rows = torch.ones(num_queries, dtype=dtype, device=like.device)
     if not is_causal:
         return rows, torch.full((num_keys,), num_queries / num_keys, dtype=dtype, device=like.device)
-    # Query n sees `offset + n + 1` keys. Key m is seen by the queries from m - offset on, hence the reversed sum;
-    # in float64, because the sum of many reciprocals is compared with the rows' mass.
+    # Query n sees `offset + n + 1` keys. Key m is seen by the queries from m - offset on, hence the reversed
+    # sum; in float64, because the sum of many reciprocals is compared with the rows' mass.
     offset = num_keys - num_queries
     shares = 1 / torch.arange(offset + 1, num_keys + 1, dtype=torch.float64, device=like.device)
     tail = shares.flip(0).cumsum(0).flip(0)
@@ -261,6 +267,6 @@ def _check_sums(rows: torch.Tensor, columns: torch.Tensor, balanced: bool) -> No
         if ((masses[0] - masses[1]).abs() > slack * masses[0]).any():
             given = masses.flatten(1)[:, 0].tolist()
             raise ValueError(
-                f"row_marginal adds up to {given[0]:g}, but column_marginal to {given[1]:g}; give both the same mass, "
-                "or relaxation < 1."
+                f"row_marginal adds up to {given[0]:g}, but column_marginal to {given[1]:g}; give both the "
+                "same mass, or relaxation < 1."
             )

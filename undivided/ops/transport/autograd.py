@@ -1,4 +1,4 @@
-"""The torch operators around the Triton kernels: forward and backward with fakes, and the gradient between them."""
+"""Torch operators around the Triton kernels: forward and backward, their fakes, and the gradient."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 _SHARED = "bool is_causal, float scale, int num_iterations, float relaxation, bool column"
 torch.library.define(
     "undivided::transport_forward",
-    f"(Tensor query, Tensor key, Tensor value, Tensor row_mass, Tensor column_mass, {_SHARED}) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor query, Tensor key, Tensor value, Tensor row_mass, Tensor column_mass, {_SHARED}) -> (Tensor, "
+    "Tensor, Tensor)",
 )
 torch.library.define(
     "undivided::transport_backward",
@@ -29,14 +30,14 @@ def _forward(query, key, value, row_mass, column_mass, is_causal, scale, num_ite
 
 @torch.library.impl("undivided::transport_backward", "default")
 def _backward(
-    dout, query, key, value, out, row_mass, column_mass, row_lse, col_lse, is_causal, scale, num_iterations, relaxation,
-    column,
+    dout, query, key, value, out, row_mass, column_mass, row_lse, col_lse, is_causal, scale, num_iterations,
+    relaxation, column,
 ):  # fmt: skip
     from undivided.ops.transport import triton
 
     return triton.backward(
-        dout, query, key, value, out, row_mass, column_mass, row_lse, col_lse, is_causal, scale, num_iterations,
-        relaxation, column,
+        dout, query, key, value, out, row_mass, column_mass, row_lse, col_lse, is_causal, scale,
+        num_iterations, relaxation, column,
     )  # fmt: skip
 
 
@@ -55,8 +56,8 @@ def _forward_fake(
 
 @torch.library.register_fake("undivided::transport_backward")
 def _backward_fake(
-    dout, query, key, value, out, row_mass, column_mass, row_lse, col_lse, is_causal, scale, num_iterations, relaxation,
-    column,
+    dout, query, key, value, out, row_mass, column_mass, row_lse, col_lse, is_causal, scale, num_iterations,
+    relaxation, column,
 ):  # fmt: skip
     return tuple(x.new_empty(x.shape) for x in (query, key, value))
 
@@ -81,6 +82,7 @@ class Transport(torch.autograd.Function):
 
 
 def column(query, key, value, attn_mask, is_causal, scale):
+    """Runs column attention through the kernels."""
     mass = torch.ones(1, 1, 1, dtype=torch.float32, device=query.device)
     rows = mass.expand(*query.shape[:3])
     columns = mass.expand(*query.shape[:2], key.shape[2])
@@ -90,6 +92,7 @@ def column(query, key, value, attn_mask, is_causal, scale):
 def sinkhorn(
     query, key, value, row_marginal, column_marginal, attn_mask, is_causal, scale, num_iterations, relaxation
 ):
+    """Runs Sinkhorn attention through the kernels; returns out and the potentials, natural logarithms."""
     rows, columns = row_marginal.float(), column_marginal.float()
     out, row_lse, col_lse = Transport.apply(
         query, key, value, rows, columns, is_causal, float(scale), num_iterations, float(relaxation), False

@@ -8,6 +8,7 @@ from undivided.ops._rules import combined_mask, masked_softmax
 
 
 def reasons(**arguments: object) -> list[str]:
+    """Runs everything."""
     return []
 
 
@@ -25,6 +26,7 @@ def _aggregate(plan, query, value):
 
 
 def column(query, key, value, attn_mask, is_causal, scale):
+    """Softmax over the queries."""
     logits = _logits(query, key, attn_mask, is_causal, scale)
     weights, _ = masked_softmax(logits.transpose(-2, -1))
     return _aggregate(weights.transpose(-2, -1), query, value)
@@ -33,6 +35,7 @@ def column(query, key, value, attn_mask, is_causal, scale):
 def sinkhorn(
     query, key, value, row_marginal, column_marginal, attn_mask, is_causal, scale, num_iterations, relaxation
 ):
+    """Sweeps of row and column potentials, then the plan; returns out and both potentials."""
     logits = _logits(query, key, attn_mask, is_causal, scale)
     log_rows = row_marginal.to(logits.dtype).log()
     log_columns = column_marginal.to(logits.dtype).log()

@@ -1,17 +1,17 @@
 """Transport attention without an N x M buffer: the logits are recomputed block by block in every half-step.
 
-The forward keeps only log-sum-exps: `row_lse` `[rows, batch, heads, queries]`, one for every row step, and `col_lse`
-`[sweeps, batch, heads, keys]`. The backward differentiates through the sweeps. With R_t and C_t the row- and
-column-stochastic matrices of sweep t, P the plan, and Delta_n = out_n . dout_n / a_n,
+The forward keeps only log-sum-exps: `row_lse` `[rows, batch, heads, queries]`, one for every row step, and
+`col_lse` `[sweeps, batch, heads, keys]`. The backward differentiates through the sweeps. With R_t and C_t the
+row- and column-stochastic matrices of sweep t, P the plan, and Delta_n = out_n . dout_n / a_n,
 
     ds = P * (dout . v - Delta) + sum_t (C_t * c_t + R_t * r_t),
     c_T = -relaxation * column sums of the first part,
     r_t = -C_t c_t,   c_{t-1} = -relaxation * R_t^T r_t,
 
-so the chain from the last sweep to the first runs on vectors, one streaming pass a half-step, and `ds` is formed only
-inside the blocks of the passes for the gradients of query and key. All logits, fields and log-sum-exps are in base 2:
-exp2 is the hardware's, and a field that went through another base would be rounded twice. Column attention is the plan with f = 0,
-g = -LSE, no sweeps, and Delta taken over the column.
+so the chain from the last sweep to the first runs on vectors, one streaming pass a half-step, and `ds` is
+formed only inside the blocks of the passes for the gradients of query and key. All logits, fields and
+log-sum-exps are in base 2: exp2 is the hardware's, and a field that went through another base would be
+rounded twice. Column attention is the plan with f = 0, g = -LSE, no sweeps, and Delta taken over the column.
 """
 
 from __future__ import annotations
@@ -122,10 +122,10 @@ def _output_kernel(
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr,
     HAS_FIELD: tl.constexpr, NORMALIZE: tl.constexpr, DIRECTION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """The last pass: `out = P v` for one block of queries of one head, flash attention with a field on the keys.
+    """The last pass: `out = P v` of one block of queries of one head; flash attention with a field on keys.
 
-    With NORMALIZE also the last row step, written as `row_lse`, and rows of mass a; without, P is 2^(s + field) as
-    it is (column attention, whose exponents are at most zero).
+    With NORMALIZE also the last row step, written as `row_lse`, and rows of mass a; without, P is 2^(s +
+    field) as it is (column attention, whose exponents are at most zero).
     """
     blocks = tl.cdiv(num_queries, BLOCK_X)
     block = tl.program_id(0) % blocks
@@ -168,8 +168,8 @@ def _output_kernel(
 
 @triton.jit
 def _transfer_kernel(
-    X, Y, X_FIELD, Y_FIELD, WEIGHT, OUT, sxb, sxh, sxn, syb, syh, syn, num_x, num_y, heads, x_group, y_group, shift,
-    scale, factor,
+    X, Y, X_FIELD, Y_FIELD, WEIGHT, OUT, sxb, sxh, sxn, syb, syh, syn, num_x, num_y, heads, x_group, y_group,
+    shift, scale, factor,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr,
     DIRECTION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
@@ -203,9 +203,10 @@ def _value_gradient_kernel(
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, DIRECTION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """`dv_m = sum_n P_nm dout_n` of one block of keys, and per query head `gamma_m = sum_n P_nm (dout_n . v_m - Delta_n)`.
+    """`dv_m = sum_n P_nm dout_n` of keys; a head's `gamma_m = sum_n P_nm (dout_n . v_m - Delta_n)`.
 
-    gamma needs no second product: its first part is `v_m . dv_m` of that head. Loops over the query heads of the group.
+    gamma needs no second product: its first part is `v_m . dv_m` of that head. Loops over the query heads of
+    the group.
     """
     blocks = tl.cdiv(num_keys, BLOCK_X)
     block = tl.program_id(0) % blocks
@@ -243,8 +244,8 @@ def _value_gradient_kernel(
 
 @triton.jit
 def _logit_gradient_kernel(
-    X, Y, XO, YO, X_FIELD, Y_FIELD, X_DELTA, Y_DELTA, X_FIRST, Y_FIRST, X_SECOND, Y_SECOND, WEIGHT_FIRST, WEIGHT_SECOND,
-    DX, sxb, sxh, sxn, syb, syh, syn, uxb, uxh, uxn, uyb, uyh, uyn,
+    X, Y, XO, YO, X_FIELD, Y_FIELD, X_DELTA, Y_DELTA, X_FIRST, Y_FIRST, X_SECOND, Y_SECOND,
+    WEIGHT_FIRST, WEIGHT_SECOND, DX, sxb, sxh, sxn, syb, syh, syn, uxb, uxh, uxn, uyb, uyh, uyn,
     num_x, num_y, x_heads, group, y_group, shift, scale, sweeps, plane_x, plane_y,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, DIRECTION: tl.constexpr, INTERPRET: tl.constexpr,
@@ -252,9 +253,11 @@ def _logit_gradient_kernel(
     """`dx = scale * sum_y ds_xy y` for one block of x (queries, or keys of a group of query heads).
 
     `ds = 2^(s + x_field + y_field) * (xo . yo - x_delta - y_delta)
-        + sum_t 2^(s + x_first_t + y_first_t) * weight_first_t + 2^(s + x_second_t + y_second_t) * weight_second_t`
-    where xo, yo are dout and value; the first of each sweep is weighted along y, the second along x. Every exponent
-    is that of a stochastic matrix, at most zero up to rounding, so nothing overflows however far the sweeps moved.
+        + sum_t 2^(s + x_first_t + y_first_t) * weight_first_t + 2^(s + x_second_t + y_second_t) *
+        weight_second_t`
+    where xo, yo are dout and value; the first of each sweep is weighted along y, the second along x. Every
+    exponent is that of a stochastic matrix, at most zero up to rounding, so nothing overflows however far the
+    sweeps moved.
     """
     blocks = tl.cdiv(num_x, BLOCK_X)
     block = tl.program_id(0) % blocks
@@ -366,7 +369,7 @@ class _Passes:
         return block_sizes(kernel, self.dim, self.value_dim, self.query.dtype)
 
     def sides(self, over_queries: bool):
-        """(x, y, length of x, of y, head group of x, of y, direction): x is query, or key if not `over_queries`."""
+        """x, y, their lengths, their head groups, and the direction; x is the query if `over_queries`."""
         query = (self.query, self.num_queries, 1)
         key = (self.key, self.num_keys, self.group)
         x, y = (query, key) if over_queries else (key, query)
@@ -393,10 +396,12 @@ class _Passes:
         sizes = self.sizes("output")
         grid = (triton.cdiv(self.num_queries, sizes["BLOCK_X"]) * self.batch * self.heads,)
         _output_kernel[grid](
-            self.query, self.key, self.value, row_mass if col_field is None else col_field, row_mass, out, row_lse,
+            self.query, self.key, self.value, row_mass if col_field is None else col_field, row_mass,
+            out, row_lse,
             *self.query.stride()[:3], *self.key.stride()[:3], *self.value.stride()[:3], *out.stride()[:3],
             self.num_queries, self.num_keys, self.heads, self.group, self.shift, self.scale,
-            HAS_FIELD=col_field is not None, NORMALIZE=normalize, DIRECTION=_UP_TO if self.is_causal else _ALL,
+            HAS_FIELD=col_field is not None, NORMALIZE=normalize,
+            DIRECTION=_UP_TO if self.is_causal else _ALL,
             **_dims(self.dim, self.value_dim), **sizes, **self.common,
         )  # fmt: skip
         return out
@@ -422,12 +427,13 @@ class _Passes:
             self.query, self.key, self.value, dout, row_field, col_field, row_delta, dv, gamma,
             *self.query.stride()[:3], *self.key.stride()[:3], *self.value.stride()[:3], *dout.stride()[:3],
             self.num_queries, self.num_keys, self.key_heads, self.group, self.shift, self.scale,
-            DIRECTION=_FROM if self.is_causal else _ALL, **_dims(self.dim, self.value_dim), **sizes, **self.common,
+            DIRECTION=_FROM if self.is_causal else _ALL,
+            **_dims(self.dim, self.value_dim), **sizes, **self.common,
         )  # fmt: skip
         return dv, gamma
 
     def logit_gradient(self, over_queries: bool, dout, fields, deltas, first, second, weights):
-        """`first`, `second`: pairs (x, y) of stacked fields; `weights`: along y, along x; all of the same sweeps."""
+        """Gradient of x; `first`, `second` are pairs (x, y) of stacked fields, `weights` along y, x."""
         x, y, num_x, num_y, _, y_group, direction = self.sides(over_queries)
         xo, yo = (dout, self.value) if over_queries else (self.value, dout)
         group = 1 if over_queries else self.group
@@ -445,6 +451,7 @@ class _Passes:
 
 
 def forward(query, key, value, row_mass, column_mass, is_causal, scale, num_iterations, relaxation, column):
+    """All passes of the forward; returns out, row_lse and col_lse."""
     passes = _Passes(query, key, value, is_causal, scale)
     stack = (num_iterations, passes.batch, passes.heads)
     row_mass, column_mass = row_mass.contiguous(), column_mass.contiguous()
@@ -465,9 +472,10 @@ def forward(query, key, value, row_mass, column_mass, is_causal, scale, num_iter
 
 
 def backward(
-    dout, query, key, value, out, row_mass, column_mass, row_lse, col_lse, is_causal, scale, num_iterations, relaxation,
-    column,
+    dout, query, key, value, out, row_mass, column_mass, row_lse, col_lse, is_causal, scale, num_iterations,
+    relaxation, column,
 ):  # fmt: skip
+    """All passes of the backward; returns the gradients of query, key and value."""
     passes = _Passes(query, key, value, is_causal, scale)
     dout = _rows(dout)
     no_rows, no_columns = torch.zeros_like(row_mass), torch.zeros_like(column_mass)

@@ -1,0 +1,294 @@
+"""TPLA: what cutting the latent costs in perplexity, and what it saves a rank in decoding.
+
+The paper's models have latents of 512 and were trained on trillions of tokens. Here the same ablation is made
+on a small model with DeepSeek's attention, trained from scratch (its latents are normalised, so norm and
+softmax can be cut one by one), and on SmolLM2-135M after its conversion to MLA (no normalisation: the softmax
+alone is cut; its axes are principal ones already, so that "none" is nearly "pca" there). What can be compared
+is the order of the variants, not their size. On CUDA one rank's decode attention is timed at the paper's
+shapes; its end-to-end throughput, with the other layers and the all-reduce, is not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from undivided.claims._harness import Claim, Row, measured
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TRANSFORMS = ("none", "hadamard", "pca")
+_BASELINE = "MLA"
+
+
+@dataclass
+class Study:
+    """A model with MLA, with calibration and held-out text.
+
+    Args:
+        model: as `convert_tpla` takes it.
+        tokenizer: of the model.
+        calibration: token ids `[samples, length]`.
+        texts: held-out texts.
+        block: tokens a block of the perplexities.
+        tokens: tokens of each text that are evaluated.
+    """
+
+    model: Any
+    tokenizer: Any
+    calibration: Tensor
+    texts: Sequence[str]
+    block: int
+    tokens: int
+
+    @cached_property
+    def moments(self) -> dict[str, Tensor]:
+        """Second moments of the latents."""
+        from undivided.convert.tpla import latent_moments
+
+        return latent_moments(self.model, self.calibration)
+
+    def converted(self, transform: str = "pca", **options: Any) -> Any:
+        """The model after `convert_tpla`; the moments of the latents are collected once for all transforms."""
+        from undivided.convert.tpla import convert_tpla
+
+        return convert_tpla(
+            self.model,
+            transform=transform,
+            calibration=self.calibration,
+            work=_Known(self.moments),
+            **options,
+        )[0]
+
+    def perplexity(self, model: Any) -> float:
+        """Over all held-out tokens, in blocks."""
+        from undivided.models.evaluation import perplexity
+
+        return _mean(
+            perplexity(model, self.tokenizer, text, block=self.block, max_tokens=self.tokens)
+            for text in self.texts
+        )
+
+    def decode_perplexity(self, model: Any, prompt: int, length: int) -> float:
+        """Over the `length` tokens after the first `prompt` of every text, read one by one through the cache."""
+        from undivided.models.evaluation import decode_perplexity
+
+        return _mean(
+            decode_perplexity(model, self.tokenizer, text, prefix=prompt, max_tokens=prompt + length)
+            for text in self.texts
+        )
+
+
+class _Known:
+    """A work folder that knows the moments already and keeps nothing."""
+
+    def __init__(self, moments: dict[str, Tensor]) -> None:
+        self.moments = moments
+
+    def stage(
+        self, name: str, key: dict[str, Any], compute: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        return self.moments if name == "tpla-moments" else compute()
+
+
+def small_study(seed: int, device: str, quick: bool) -> Study:
+    """A small model trained on a few million characters of speeches, with speeches of other years held out."""
+    import torch
+
+    from undivided.claims._small_lm import latent_lm, train_tokenizer
+    from undivided.claims._tiny_lm import train
+    from undivided.data import demo_texts
+
+    texts = demo_texts()
+    tokenizer = train_tokenizer(texts.calibration)
+    tokens = torch.tensor(tokenizer(texts.calibration, verbose=False).input_ids)
+    model = latent_lm(seed).to(device)
+    train(model, tokens, steps=_STEPS[quick], batch_size=8, length=_LENGTH, seed=seed)
+    samples = tokens[: 32 * 256].view(32, 256)
+    return Study(model.eval(), tokenizer, samples, list(texts.heldout.values()), _LENGTH, 8192)
+
+
+# Optimiser steps of 8 windows of so many tokens.
+_STEPS = {False: 800, True: 200}
+_LENGTH = 512
+
+
+def demo_study(device: str, quick: bool, latent_dim: int = 256, latent_norm: bool = False) -> Study:
+    """SmolLM2-135M-Instruct as MLA: a latent of 256 and 32 rotary dimensions in place of 384 cached numbers."""
+    from undivided.convert.pipeline import calibration_ids
+    from undivided.convert.transmla import convert_transmla
+    from undivided.data import demo_texts
+    from undivided.models.checkpoint import open_checkpoint
+
+    texts = demo_texts()
+    source = open_checkpoint("smollm2-135m", device=device)
+    ids = calibration_ids(source, texts.calibration, 16 if quick else 64, 256)
+    model, _ = convert_transmla(
+        source.model, ids, latent_dim=latent_dim, rope_dim=32, freqfold=4, latent_norm=latent_norm
+    )
+    heldout = [texts.heldout[name] for name in ("2015-Obama-1", "2024-Biden-1")]
+    return Study(model, source.tokenizer, ids, heldout, 1024, 1024 if quick else 4096)
+
+
+def gate(device: str) -> None:
+    """Raises unless rewriting the latent is exact, and cutting it with exact modes too, in float64."""
+    import torch
+
+    from undivided.claims._small_lm import latent_lm
+    from undivided.convert.tpla import convert_tpla, latent_rotations, reparameterise
+
+    model = latent_lm(num_hidden_layers=2, hidden_size=64, kv_lora_rank=32).to(device, torch.float64).eval()
+    ids = torch.arange(96, device=device).view(3, 32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        expected = model(ids).logits
+        rivals = {
+            "rewritten": reparameterise(model, latent_rotations(model, "random")),
+            "one shard": convert_tpla(model, num_shards=1, calibration=ids)[0],
+            "exact modes": convert_tpla(model, calibration=ids, norm="exact", softmax="exact")[0],
+        }
+        # The norms outside of the attention round to float32, also in a float64 model.
+        bound = 64 * torch.finfo(torch.float32).eps * expected.abs().max()
+        for name, rival in rivals.items():
+            error = (rival(ids).logits - expected).abs().max()
+            if not error <= bound:
+                raise ValueError(f"{name}: logits differ from MLA's by {error:.2e}, more than {bound:.2e}.")
+
+
+def measure(device: str, quick: bool) -> Iterator[Row]:
+    """Yields the rows: the ablation on both models, prefill and decode separated, and a rank's decode attention."""
+    if device == "cuda":
+        from undivided.claims._latent_decode import decode_rows
+
+        yield from decode_rows(device, quick)
+    seeds = (0,) if quick else (0, 1, 2)
+    studies = [small_study(seed, device, quick) for seed in seeds]
+    shape = f"4-layer MLA trained from scratch, latent 128, {len(seeds)} seeds, 2 shards"
+    yield from ablation(studies, shape, normalised=True, groups=2)
+    yield from separated(studies, shape, prompt=256, lengths=(64, 256))
+
+    study = demo_study(device, quick)
+    shape = "SmolLM2-135M as MLA, latent 256, 2 shards"
+    yield from ablation([study], shape, normalised=False, groups=None)
+    yield from separated([study], shape, prompt=512, lengths=(64,) if quick else (64, 256))
+    # Its nine heads cannot be cut into two groups.
+    study = demo_study(device, quick, latent_dim=255)
+    yield from grouped([study], "SmolLM2-135M as MLA, latent 255, 3 shards", groups=3)
+
+
+def ablation(studies: Sequence[Study], shape: str, *, normalised: bool, groups: int | None) -> Iterator[Row]:
+    """Yields the perplexities of all variants, each beside MLA's or beside what the paper says it beats.
+
+    Args:
+        studies: one a seed; values are geometric means over them.
+        shape: of the rows.
+        normalised: whether the latents are normalised, so that the norm can be cut alone.
+        groups: head groups of the GLA conversion; None where they cannot be made.
+    """
+    mla = _over(studies, lambda study: study.perplexity(study.model))
+    rotated = _over(studies, _converted_perplexity("pca", norm="exact", softmax="exact"))
+    yield _row("perplexity, rewritten latent, nothing cut", shape, rotated, _BASELINE, mla, 0.999)
+    modes = {"softmax": {"norm": "exact"}}
+    if normalised:
+        modes = {"norm": {"softmax": "exact"}, **modes, "norm and softmax": {}}
+    found: dict[tuple[str, str], float] = {}
+    for cut, options in modes.items():
+        for transform in TRANSFORMS:
+            value = found[cut, transform] = _over(studies, _converted_perplexity(transform, **options))
+            required = 1 / 1.01 if (cut, transform) == ("norm", "hadamard") else None
+            yield _row(f"perplexity, {cut} cut, {transform}", shape, value, _BASELINE, mla, required)
+    both = "norm and softmax" if normalised else "softmax"
+    for better, worse in (("pca", "hadamard"), ("hadamard", "none")):
+        values = found[both, better], found[both, worse]
+        yield _row(f"perplexity, {both} cut, {better}", shape, values[0], worse, values[1], 1.0)
+    if normalised:
+        values = found["norm", "pca"], found["softmax", "pca"]
+        yield _row("perplexity, norm cut, pca", shape, values[0], "softmax cut", values[1], 1.0)
+    if groups is not None:
+        yield from grouped(studies, shape, groups=groups)
+
+
+def grouped(studies: Sequence[Study], shape: str, *, groups: int) -> Iterator[Row]:
+    """Yields TPLA beside the GLA conversion of the same latents, rotated alike."""
+    from undivided.convert.tpla import latent_rotations, mla_to_gla, reparameterise
+
+    def gla_perplexity(transform: str) -> Callable[[Study], float]:
+        def score(study: Study) -> float:
+            rotations = latent_rotations(study.model, transform)
+            return study.perplexity(mla_to_gla(reparameterise(study.model, rotations), groups))
+
+        return score
+
+    tpla = _over(studies, _converted_perplexity("pca", num_shards=groups))
+    for transform in ("none", "random"):
+        gla = _over(studies, gla_perplexity(transform))
+        name = "GLA conversion" if transform == "none" else "GLA conversion, latent rotated at random"
+        yield _row("perplexity, TPLA by pca", shape, tpla, name, gla, 10.0 if transform == "none" else None)
+
+
+def separated(studies: Sequence[Study], shape: str, *, prompt: int, lengths: Sequence[int]) -> Iterator[Row]:
+    """Yields decode perplexities after exact prompts beside those after sliced ones and MLA's."""
+    for length in lengths:
+        where = f"{shape}, {length} tokens after a prompt of {prompt}"
+
+        def score(build: Callable[[Study], Any], length: int = length) -> float:
+            return _over(studies, lambda study: study.decode_perplexity(build(study), prompt, length))
+
+        mla = score(lambda study: study.model)
+        sliced = score(lambda study: study.converted())
+        exact = score(lambda study: study.converted(prefill="exact"))
+        yield _row("decode perplexity, prompts sliced", where, sliced, _BASELINE, mla)
+        yield _row("decode perplexity, prompts exact", where, exact, _BASELINE, mla)
+        yield _row("decode perplexity, prompts exact", where, exact, "prompts sliced", sliced, 1.0)
+
+
+def _converted_perplexity(transform: str, **options: Any) -> Callable[[Study], float]:
+    return lambda study: study.perplexity(study.converted(transform, **options))
+
+
+def _row(
+    what: str, shape: str, ours: float, name: str, baseline: float, required: float | None = None
+) -> Row:
+    # The baseline is part of what a row is: the same value is held against several.
+    return measured(
+        f"{what}, against {name}",
+        shape,
+        ours,
+        "perplexity",
+        better="lower",
+        baseline_name=name,
+        baseline=baseline,
+        required=required,
+    )
+
+
+def _over(studies: Sequence[Study], score: Callable[[Study], float]) -> float:
+    """Geometric mean over the studies."""
+    return math.exp(sum(math.log(score(study)) for study in studies) / len(studies))
+
+
+def _mean(evaluations: Iterator[Any]) -> float:
+    """Perplexity over all tokens of several evaluations."""
+    found = list(evaluations)
+    return math.exp(sum(each.nll * each.tokens for each in found) / sum(each.tokens for each in found))
+
+
+CLAIM = Claim(
+    slug="tpla",
+    source="arXiv 2508.15881, figure 2 and the tables of perplexity and decode throughput",
+    paper=(
+        "Decode throughput over MLA at tensor parallelism of two, 32K context, two H800, BF16, without MoE "
+        "layers: 1.79x (DeepSeek-V3-0324) and 1.93x (Kimi-K2-Base).",
+        "WikiText-2 perplexity of DeepSeek-V2-Lite: MLA 6.31, TPLA by pca 7.24, with alignment 6.51, GLA "
+        "conversion 2212; LLaMA-2-7B by TransMLA 5.88, then TPLA 6.74.",
+        "Figure 2: cutting the norm costs least, the softmax more, both most; hadamard is best for the norm "
+        "alone, pca for the softmax and for both.",
+    ),
+    gate=gate,
+    measure=measure,
+)
