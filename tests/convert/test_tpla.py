@@ -194,8 +194,23 @@ def test_a_latent_of_half_the_rank_loses_nothing(logit_scale: str, make: Any) ->
         assert layer.norm_scale.isfinite().all()
         # All of the energy is the first shard's, and its logits are the whole ones.
         torch.testing.assert_close(layer.norm_scale[0].item(), 1.0, **EXACT)
-        torch.testing.assert_close(layer.logit_scale[0], torch.ones_like(layer.logit_scale[0]), **EXACT)
+        expected = torch.ones_like(layer.logit_scale)
+        if logit_scale == "literal":
+            expected[1] = layer.logit_scale[1]
+        # Nor are the logits of the empty one, which are noise, scaled up to count.
+        torch.testing.assert_close(layer.logit_scale, expected, **EXACT)
     torch.testing.assert_close(host(ids()).logits, model(ids()).logits, **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_an_empty_shard_has_finite_scales(dtype: torch.dtype) -> None:
+    host = mla_host(tiny_model("deepseek_v3", dtype=dtype))
+    with torch.no_grad():
+        for layer in host.attention_layers():
+            layer.kv_a_proj_with_mqa.weight[WIDTH // 2 : WIDTH] = 0
+    slice_latent(host, 2, {str(index): torch.tensor([1.0, 0.0], dtype=torch.float64) for index in range(2)})
+    assert all(layer.norm_scale.isfinite().all() for layer in host.attention_layers())
+    assert host(ids()).logits.isfinite().all()
 
 
 def test_scales_are_those_of_the_shares() -> None:
@@ -407,6 +422,11 @@ def test_hadamard_names_a_width_that_is_no_power_of_two() -> None:
     with pytest.raises(ValueError, match='latent_dim=24 is not a power of two.*transform="random" works'):
         convert_tpla(model, **EACH | {"transform": "hadamard"})
     convert_tpla(model, **EACH | {"transform": "random"})
+
+
+def test_principal_axes_without_moments_are_refused() -> None:
+    with pytest.raises(ValueError, match='moments is None, but transform="pca" needs those of latent_mom'):
+        latent_rotations(tiny_model("deepseek_v3"), "pca")
 
 
 def test_least_squares_are_not_asked_for_when_the_softmax_is_exact() -> None:

@@ -51,14 +51,20 @@ def head_by_head(layer, x, tables):
         scores = turn(rows(layer.q_proj, query_row)) @ turn(rows(layer.k_proj, key_row)).transpose(1, 2)
         return torch.softmax((scores / math.sqrt(width)).masked_fill(~seen, -math.inf), -1) @ values
 
-    lam = torch.exp(layer.lambda_q1 @ layer.lambda_k1) - torch.exp(layer.lambda_q2 @ layer.lambda_k2) + layer.lam_init
+    lam = (
+        torch.exp(layer.lambda_q1 @ layer.lambda_k1)
+        - torch.exp(layer.lambda_q2 @ layer.lambda_k2)
+        + layer.lam_init
+    )
     outs = []
     for head in range(layer.num_signal_heads):
         noise, value = head // per_noise, head // per_value
         values = torch.cat([x @ rows(layer.v_proj, 2 * value).T, x @ rows(layer.v_proj, 2 * value + 1).T], -1)
         key = value * (ratio + 1) + head % per_value // (per_value // ratio)
         signal = apply_map(noise * (per_noise + 1) + head % per_noise, key, values)
-        mixed = signal - lam * apply_map(noise * (per_noise + 1) + per_noise, value * (ratio + 1) + ratio, values)
+        mixed = signal - lam * apply_map(
+            noise * (per_noise + 1) + per_noise, value * (ratio + 1) + ratio, values
+        )
         outs.append(F.rms_norm(mixed, (2 * width,), layer.subln.weight, layer.subln.eps))
     return (1 - layer.lam_init) * torch.cat(outs, -1) @ layer.o_proj.weight.T
 
@@ -129,7 +135,13 @@ def test_striping_is_a_permutation(dim):
 
 @pytest.mark.parametrize(("options", "numbers"), [({}, 4 * 2 * 8), ({"key_ratio": 4}, 7 * 2 * 8)])
 def test_caches_what_it_says(options, numbers):
-    entry = {"mechanism": "gda", "num_noise_heads": 2, "num_signal_heads": 8, "num_key_value_heads": 4, **options}
+    entry = {
+        "mechanism": "gda",
+        "num_noise_heads": 2,
+        "num_signal_heads": 8,
+        "num_key_value_heads": 4,
+        **options,
+    }
     model = UndividedForCausalLM(UndividedConfig(base_config=tiny_config(), attention=[entry, entry])).eval()
     cache = model(torch.randint(VOCAB_SIZE, (3, 5)), use_cache=True).past_key_values
     for layer in cache.layers:
@@ -162,7 +174,10 @@ def test_half_of_the_heads_are_noise_heads_by_default():
         (dict(num_noise_heads=3), "num_signal_heads=7 is no multiple of num_noise_heads=3"),
         (dict(num_noise_heads=0), "num_signal_heads=10 is no multiple of num_noise_heads=0"),
         (dict(key_value_heads=3), "num_key_value_heads=3 must be even and at least 2"),
-        (dict(key_value_heads=8), "num_key_value_heads=8 means 4 noise keys, which do not divide num_noise_heads=2"),
+        (
+            dict(key_value_heads=8),
+            "num_key_value_heads=8 means 4 noise keys, which do not divide num_noise_heads=2",
+        ),
         (dict(key_ratio=3), "key_ratio=3 does not divide the 4 signal heads of a noise head; 1, 2, 4 would"),
         (dict(variant="motif"), "variant='motif' is not one of 'paper', 'released'"),
     ],

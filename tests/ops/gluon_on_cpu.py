@@ -1,17 +1,17 @@
 """Runs Gluon kernels for Hopper as Python on the CPU, so that their logic is tested where there is no GPU.
 
-Triton's interpreter does not know Gluon. Here every warp partition is a thread; barriers block and count; a bulk copy
-lands at a random later moment, and an asynchronous product reads its operands when it is issued or only when it is
-waited for, at random. So a barrier that is missing shows as a wrong number, a wrong phase as a deadlock. Layouts are
-ignored, and so are the fences and the barriers among the threads of one partition.
+Triton's interpreter does not know Gluon. Here every warp partition is a thread; barriers block and count; a
+bulk copy lands at once or later, and an asynchronous product reads its operands when it is issued or only
+when it is waited for, at random. So a barrier that is missing shows as a wrong number, a wrong phase as a
+deadlock. Layouts are ignored, and so are the fences and the barriers among the threads of one partition.
 
-    module = load("undivided/ops/latent_decode/gluon.py")    # its launches run here, on CPU tensors
+    module = load("undivided.ops.latent_decode.gluon")    # its launches run here, on CPU tensors
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import itertools
 import operator
 import random
@@ -20,7 +20,6 @@ import threading
 import time
 import types
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
@@ -158,7 +157,7 @@ class Descriptor:
 
 def _bulk_copy(descriptor, coordinate, barrier, target):
     (row, column), (rows, columns) = coordinate, descriptor.box
-    delay = _thread.run.random.random() * 1e-3
+    delay = _thread.run.random.choice((0.0, 1e-3))
 
     def land():
         time.sleep(delay)
@@ -202,7 +201,11 @@ def _multiply(a, b, acc, *, use_acc=True, is_async=False):
 
 def _wait_for_products(outstanding=0, deps=()):
     while len(_products()) > outstanding:
-        _products().pop(0).finish()
+        product = _products().pop(0)
+        if product.result is None and _thread.run.random.random() < 0.3:
+            # Time for a copy to land where it must not yet.
+            time.sleep(1e-3)
+        product.finish()
     done = tuple(x.result or x if isinstance(x, Product) else x for x in deps)
     return done[0] if len(done) == 1 else done
 
@@ -239,11 +242,15 @@ def _load(pointer, mask=None, other=0.0):
 
 def _store(pointer, value, mask):
     inside = mask.value.expand(pointer.offset.shape)
-    pointer.storage[pointer.offset[inside]] = value.value.expand(inside.shape)[inside].to(pointer.storage.dtype)
+    pointer.storage[pointer.offset[inside]] = value.value.expand(inside.shape)[inside].to(
+        pointer.storage.dtype
+    )
 
 
 def _allocate(dtype, shape, layout):
-    return Barriers(shape[0]) if dtype == torch.int64 else Shared(torch.full(shape, float("nan"), dtype=dtype))
+    return (
+        Barriers(shape[0]) if dtype == torch.int64 else Shared(torch.full(shape, float("nan"), dtype=dtype))
+    )
 
 
 def _either(of_blocks, of_numbers):
@@ -330,27 +337,40 @@ def _jit(function=None, **options):
 
 
 @contextlib.contextmanager
-def _modules(replacements: list[types.ModuleType]) -> Iterator[None]:
-    before = {module.__name__: sys.modules.get(module.__name__) for module in replacements}
-    sys.modules.update({module.__name__: module for module in replacements})
+def _modules(replacements: dict[str, types.ModuleType | None]) -> Iterator[None]:
+    """Replaces modules, or (None) lets them be imported anew; puts everything back at the end."""
+    before = {name: sys.modules.get(name) for name in replacements}
+    # A module is found in the table of modules and as an attribute of its package.
+    places = [(sys.modules.get(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in replacements]
+    attributes = [(package, leaf, vars(package).get(leaf)) for package, leaf in places if package]
+    _put_modules(replacements)
+    for package, leaf, _ in attributes:
+        vars(package).pop(leaf, None)
     try:
         yield
     finally:
-        for name, module in before.items():
-            if module is None:
-                del sys.modules[name]
-            else:
-                sys.modules[name] = module
+        _put_modules(before)
+        for package, leaf, module in attributes:
+            vars(package).pop(leaf, None)
+            if module is not None:
+                setattr(package, leaf, module)
 
 
-def load(path: str | Path) -> types.ModuleType:
-    """Imports the module of Gluon kernels at `path` anew, so that its launches run here."""
+def _put_modules(modules: dict[str, types.ModuleType | None]) -> None:
+    for name, module in modules.items():
+        sys.modules.pop(name, None)
+        if module is not None:
+            sys.modules[name] = module
+
+
+def load(name: str, *parts: str) -> types.ModuleType:
+    """Imports a module of Gluon kernels, and the modules it is made of, anew: their launches run here."""
     gluon = types.ModuleType("triton.experimental.gluon")
     gluon.jit, gluon.language = _jit, _language()
     host = types.ModuleType("triton.experimental.gluon.nvidia.hopper")
     host.TensorDescriptor = Descriptor
-    spec = importlib.util.spec_from_file_location("gluon_on_cpu_module", path)
-    module = importlib.util.module_from_spec(spec)
-    with _modules([gluon, gluon.language, _hopper(), host]):
-        spec.loader.exec_module(module)
-    return module
+    replacements = {module.__name__: module for module in (gluon, gluon.language, _hopper(), host)}
+    for package in ("triton.experimental", name.rpartition(".")[0]):
+        importlib.import_module(package)
+    with _modules(replacements | dict.fromkeys((name, *parts))):
+        return importlib.import_module(name)

@@ -7,17 +7,19 @@ import torch
 from undivided.ops.latent_decode import reference
 from undivided.testing import assert_as_accurate, poison_buffer
 
-# The log-sum-exp is float32 in all of them; the kernels take it through base-2 exponentials of two roundings each.
+# The log-sum-exp is float32 in all of them; the kernels take it through base-2 exponentials of two roundings
+# each.
 LSE_FACTOR = 8.0
 
 
 def decode_inputs(
-    batch=2, heads=4, latent_heads=1, queries=1, keys=40, latent_dim=64, rope_dim=16, lengths=None, page_size=None,
-    dtype=torch.float32, device="cpu",
+    batch=2, heads=4, latent_heads=1, queries=1, keys=40, latent_dim=64, rope_dim=16, lengths=None,
+    page_size=None, dtype=torch.float32, device="cpu",
 ):  # fmt: skip
-    """Arguments of a backend of `latent_attention`: rows `[latent, rope]` in one buffer, NaN behind each length.
+    """Arguments of a backend of `latent_attention`.
 
-    With `page_size` the rows lie in shuffled pages of a buffer that has three more, all NaN.
+    The rows `[latent, rope]` of the cache lie in one buffer, with NaN behind the length of each sequence, or
+    with `page_size` in shuffled pages of a buffer that has three more, all NaN.
     """
     width = latent_dim + rope_dim
     filled = [keys] * batch if lengths is None else lengths

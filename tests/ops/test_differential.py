@@ -88,7 +88,9 @@ def test_without_lam_it_is_normalised_attention():
     x = inputs() | {"lam": 0.0, "norm_weight": torch.ones(32, dtype=torch.float64)}
     plain = dense_attention(x["query"], x["key"], x["value"], is_causal=True, backend="reference")
     expected = torch.nn.functional.rms_norm(plain, (32,), eps=1e-5)
-    torch.testing.assert_close(differential_attention(**x, is_causal=True, backend="reference"), expected, **EXACT)
+    torch.testing.assert_close(
+        differential_attention(**x, is_causal=True, backend="reference"), expected, **EXACT
+    )
 
 
 def test_equal_maps_leave_one_minus_lam_and_the_norm_forgets_lam():
@@ -173,7 +175,16 @@ def test_a_split_cache_is_one_cache(splits, device):
 
 
 def test_gradients_of_the_reference_pass_gradcheck():
-    x = inputs(batch=1, heads=2, noise_heads=1, key_heads=1, noise_key_heads=1, value_heads=1, head_dim=4, value_dim=8)
+    x = inputs(
+        batch=1,
+        heads=2,
+        noise_heads=1,
+        key_heads=1,
+        noise_key_heads=1,
+        value_heads=1,
+        head_dim=4,
+        value_dim=8,
+    )
 
     def function(*tensors):
         return call("reference")(**dict(zip(x, tensors, strict=True)))
@@ -206,8 +217,13 @@ def test_everything_is_written(queries, device):
 
 
 def test_gradients_have_the_same_bits_in_every_run(device):
-    x = {name: tensor.requires_grad_() for name, tensor in inputs(queries=37, keys=37, dtype=torch.float32, device=device).items()}
-    once, twice = (torch.autograd.grad(call("triton")(**x).square().sum(), list(x.values())) for _ in range(2))
+    x = {
+        name: tensor.requires_grad_()
+        for name, tensor in inputs(queries=37, keys=37, dtype=torch.float32, device=device).items()
+    }
+    once, twice = (
+        torch.autograd.grad(call("triton")(**x).square().sum(), list(x.values())) for _ in range(2)
+    )
     for name, first, second in zip(x, once, twice, strict=True):
         assert torch.equal(first, second), name
 
@@ -330,16 +346,31 @@ def test_a_mask_holds_for_both_maps():
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (dict(noise_query=torch.randn(2, 3, 7, 16)), "noise_query has 3 heads, which does not divide the 4 heads of query"),
+        (
+            dict(noise_query=torch.randn(2, 3, 7, 16)),
+            "noise_query has 3 heads, which does not divide the 4 heads of query",
+        ),
         (dict(key=torch.randn(2, 3, 7, 16)), "key has 3 heads, which does not divide the 4 heads of query"),
-        (dict(noise_key=torch.randn(2, 4, 7, 16)), "noise_key has 4 heads, which does not divide the 2 heads of noise_query"),
+        (
+            dict(noise_key=torch.randn(2, 4, 7, 16)),
+            "noise_key has 4 heads, which does not divide the 2 heads of noise_query",
+        ),
         (dict(value=torch.randn(2, 3, 7, 32)), "value has 3 heads, which does not divide the 2 heads of key"),
-        (dict(noise_key=torch.randn(2, 2, 6, 16)), r"noise_key \[2, 2, 6, 16\] must have the batch and the length of key"),
+        (
+            dict(noise_key=torch.randn(2, 2, 6, 16)),
+            r"noise_key \[2, 2, 6, 16\] must have the batch and the length of key",
+        ),
         (dict(key=torch.randn(2, 2, 7, 8)), "key has head_dim 8, but query has 16"),
         (dict(query=torch.randn(2, 7, 16)), r"query has shape \[2, 7, 16\]; it needs 4 axes"),
-        (dict(value=torch.randn(2, 2, 7, 32).double()), "value has dtype torch.float64, but query has torch.float32"),
+        (
+            dict(value=torch.randn(2, 2, 7, 32).double()),
+            "value has dtype torch.float64, but query has torch.float32",
+        ),
         (dict(norm_weight=torch.ones(16)), r"norm_weight has shape \[16\]; it needs \[value_dim=32\]"),
-        (dict(lam=torch.ones(3)), r"lam has shape \[3\]; it must broadcast to \[batch, signal heads, queries\] = \[2, 4, 7\]"),
+        (
+            dict(lam=torch.ones(3)),
+            r"lam has shape \[3\]; it must broadcast to \[batch, signal heads, queries\] = \[2, 4, 7\]",
+        ),
         (dict(window=3), "window=3 with is_causal=False"),
         (dict(attn_mask=torch.ones(2, 4, 7, 7, dtype=torch.bool)), r"it must broadcast to \[2, 1, 7, 7\]"),
         (dict(softcap=0.0), "softcap=0.0 must be positive"),

@@ -86,7 +86,9 @@ def train_tiny_lm(
         )  # fmt: skip
         seconds = time.perf_counter() - started
         count = sum(parameter.numel() for parameter in model.parameters())
-        runs.append(TinyRun(seed, losses, bits_per_byte(model, heldout, length=length), count, seconds, model.eval()))
+        runs.append(
+            TinyRun(seed, losses, bits_per_byte(model, heldout, length=length), count, seconds, model.eval())
+        )
     return runs
 
 
@@ -139,7 +141,9 @@ def matching_width(attention: Attention | Sequence[Attention], parameters: int, 
     one, two = count(1), count(2)
     width = 1 + round((parameters - one) / (two - one))
     if width < 1:
-        raise ValueError(f"parameters={parameters} is less than the {one} that the model has with MLPs of width 1.")
+        raise ValueError(
+            f"parameters={parameters} is less than the {one} that the model has with MLPs of width 1."
+        )
     return width
 
 

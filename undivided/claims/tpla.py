@@ -53,16 +53,12 @@ class Study:
         return latent_moments(self.model, self.calibration)
 
     def converted(self, transform: str = "pca", **options: Any) -> Any:
-        """The model after `convert_tpla`; the moments of the latents are collected once for all transforms."""
+        """The model after `convert_tpla`; the moments of the latents are collected once for all."""
         from undivided.convert.tpla import convert_tpla
 
-        return convert_tpla(
-            self.model,
-            transform=transform,
-            calibration=self.calibration,
-            work=_Known(self.moments),
-            **options,
-        )[0]
+        known: Any = _Known(self.moments)
+        given = {"transform": transform, "calibration": self.calibration, "work": known, **options}
+        return convert_tpla(self.model, **given)[0]
 
     def perplexity(self, model: Any) -> float:
         """Over all held-out tokens, in blocks."""
@@ -74,11 +70,14 @@ class Study:
         )
 
     def decode_perplexity(self, model: Any, prompt: int, length: int) -> float:
-        """Over the `length` tokens after the first `prompt` of every text, read one by one through the cache."""
+        """Over `length` tokens after the first `prompt` of every text, read through the cache.
+
+        Steps of 16 tokens give what single ones do: a row of the cache and a query's output depend on no other query.
+        """
         from undivided.models.evaluation import decode_perplexity
 
         return _mean(
-            decode_perplexity(model, self.tokenizer, text, prefix=prompt, max_tokens=prompt + length)
+            decode_perplexity(model, self.tokenizer, text, prefix=prompt, max_tokens=prompt + length, step=16)
             for text in self.texts
         )
 
@@ -96,7 +95,7 @@ class _Known:
 
 
 def small_study(seed: int, device: str, quick: bool) -> Study:
-    """A small model trained on a few million characters of speeches, with speeches of other years held out."""
+    """A small model trained on three million characters of speeches; speeches of other years are held out."""
     import torch
 
     from undivided.claims._small_lm import latent_lm, train_tokenizer
@@ -117,8 +116,8 @@ _STEPS = {False: 800, True: 200}
 _LENGTH = 512
 
 
-def demo_study(device: str, quick: bool, latent_dim: int = 256, latent_norm: bool = False) -> Study:
-    """SmolLM2-135M-Instruct as MLA: a latent of 256 and 32 rotary dimensions in place of 384 cached numbers."""
+def demo_study(device: str, quick: bool, latent_dim: int = 256) -> Study:
+    """SmolLM2-135M-Instruct as MLA, with 32 rotary dimensions beside the latent in place of 384 numbers."""
     from undivided.convert.pipeline import calibration_ids
     from undivided.convert.transmla import convert_transmla
     from undivided.data import demo_texts
@@ -127,9 +126,7 @@ def demo_study(device: str, quick: bool, latent_dim: int = 256, latent_norm: boo
     texts = demo_texts()
     source = open_checkpoint("smollm2-135m", device=device)
     ids = calibration_ids(source, texts.calibration, 16 if quick else 64, 256)
-    model, _ = convert_transmla(
-        source.model, ids, latent_dim=latent_dim, rope_dim=32, freqfold=4, latent_norm=latent_norm
-    )
+    model, _ = convert_transmla(source.model, ids, latent_dim=latent_dim, rope_dim=32, freqfold=4)
     heldout = [texts.heldout[name] for name in ("2015-Obama-1", "2024-Biden-1")]
     return Study(model, source.tokenizer, ids, heldout, 1024, 1024 if quick else 4096)
 
@@ -161,7 +158,7 @@ def gate(device: str) -> None:
 
 
 def measure(device: str, quick: bool) -> Iterator[Row]:
-    """Yields the rows: the ablation on both models, prefill and decode separated, and a rank's decode attention."""
+    """Yields a rank's decode attention (on CUDA), then the ablation and separated prefill on both models."""
     if device == "cuda":
         from undivided.claims._latent_decode import decode_rows
 

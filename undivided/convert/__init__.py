@@ -8,6 +8,7 @@ from typing import Any
 
 # attention of the result -> the function that makes it.
 CONVERTERS: dict[str, str] = {
+    "gda-grow": "undivided.convert.gda_grow:convert_gda_grow",
     "mla": "undivided.convert.transmla:convert_transmla",
     "tpla": "undivided.convert.tpla:convert_tpla",
 }
@@ -17,7 +18,15 @@ _EXPORTS = {path.split(":")[1]: path for path in CONVERTERS.values()} | {
     "convert_checkpoint": "undivided.convert.pipeline:convert_checkpoint",
 }
 
-__all__ = ["CONVERTERS", "Report", "convert_checkpoint", "convert_tpla", "convert_transmla", "converter"]
+__all__ = [
+    "CONVERTERS",
+    "Report",
+    "convert_checkpoint",
+    "convert_gda_grow",
+    "convert_tpla",
+    "convert_transmla",
+    "converter",
+]
 
 
 def converter(target: str) -> Callable[..., Any]:

@@ -106,7 +106,7 @@ def convert_tpla(
 
     log = ConversionLog(evaluate, work, progress)
     log.evaluate("mla" if isinstance(model, UndividedForCausalLM) else "original", model)
-    key = {} if work is None else {"weights": latent_fingerprint(model)}
+    key: dict[str, Any] = {} if work is None else {"weights": latent_fingerprint(model)}
     moments = None
     if calibration is not None:
         moments = log.keep("tpla-moments", key, lambda: latent_moments(model, calibration, progress))
@@ -180,11 +180,14 @@ def latent_rotations(
         seed: as in `convert_tpla`.
 
     Raises:
-        ValueError: a width is no power of two, which "hadamard" needs.
+        ValueError: `moments` are missing for "pca", or a width is no power of two, which "hadamard" needs.
     """
+    if transform == "pca" and moments is None:
+        raise ValueError('moments is None, but transform="pca" needs those of latent_moments.')
+    known = moments or {}
     generator = torch.Generator().manual_seed(seed)
     makers: dict[str, Callable[[int, int], Tensor]] = {
-        "pca": lambda index, width: principal_axes(moments[str(index)])[0],
+        "pca": lambda index, width: principal_axes(known[str(index)])[0],
         "hadamard": lambda index, width: hadamard_rotation(width, generator),
         "random": lambda index, width: random_rotation(width, generator),
         "none": lambda index, width: torch.eye(width, dtype=torch.float64),
@@ -195,8 +198,7 @@ def latent_rotations(
 def hadamard_rotation(width: int, generator: torch.Generator | None = None) -> Tensor:
     """Returns `D H / sqrt(width)`, with H the Sylvester matrix of +-1 and D random signs; float64.
 
-    Every new axis is an equal mixture of all old ones, so that any cut of the axes has about half of the
-    energy.
+    Every new axis is an equal mixture of all old ones, so that equal shards have about equal energy.
 
     Raises:
         ValueError: `width` is no power of two.
@@ -253,7 +255,8 @@ def energy_shares(
             energy = torch.einsum("ik,ij,jk->k", rotation, moment, rotation).clamp(min=0.0)
         shards = energy.unflatten(0, (num_shards, -1)).sum(dim=1)
         total = shards.sum()
-        shares[str(index)] = shards / total if total > 0 else torch.full_like(shards, 1 / num_shards)
+        shards = shards / total if total > 0 else torch.full_like(shards, 1 / num_shards)
+        shares[str(index)] = shards.cpu()
     return shares
 
 
@@ -339,9 +342,9 @@ def fit_logit_scales(
         sums[index] = found + sums.get(index, 0.0)
 
     modules = {}
-    for index, layer in enumerate(layers):
-        modules[f"{index} query"] = layer.q_proj if hasattr(layer, "q_proj") else layer.q_b_proj
-        modules[f"{index} latent"] = layer.kv_a_proj_with_mqa
+    for layer_idx, layer in enumerate(layers):
+        modules[f"{layer_idx} query"] = layer.q_proj if hasattr(layer, "q_proj") else layer.q_b_proj
+        modules[f"{layer_idx} latent"] = layer.kv_a_proj_with_mqa
     prefill = [layer.prefill for layer in layers]
     # Without a cache every forward is then an exact prefill: the activations are MLA's.
     _set_modes(host, prefill="exact")
@@ -352,7 +355,8 @@ def fit_logit_scales(
             layer.prefill = mode
             host.config.attention[layer.layer_idx]["prefill"] = mode
     scales = {}
-    for index, (product, square) in sums.items():
+    for index, found in sums.items():
+        product, square = found.cpu()
         scales[index] = torch.where(square > 0, product / square.clamp(min=1e-300), 1.0)
     return scales
 
@@ -418,7 +422,7 @@ def _logit_products(layer: TPLAttention, query: Tensor, latent: Tensor) -> Tenso
     # One head at a time: the logits of all would be the largest tensor of the conversion.
     for head in range(layer.num_heads):
         rows = query[:, :, head].to(dtype)
-        full = (rows @ (whole @ up_key[head].T).transpose(1, 2)).tril()
+        full = rows @ (whole @ up_key[head].T).transpose(1, 2)
         shards = zip(
             cut.chunk(layer.num_shards, dim=-1), up_key[head].chunk(layer.num_shards, dim=-1), strict=True
         )

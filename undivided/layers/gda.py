@@ -119,7 +119,9 @@ class GDAttention(CausalAttention):
     def lam(self) -> torch.Tensor:
         """Returns the factor of the noise maps, a scalar in float32 at least."""
         dtype = torch.promote_types(self.lambda_q1.dtype, torch.float32)
-        q1, k1, q2, k2 = (x.to(dtype) for x in (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2))
+        q1, k1, q2, k2 = (
+            x.to(dtype) for x in (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2)
+        )
         return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.lam_init
 
     def forward(
@@ -134,7 +136,10 @@ class GDAttention(CausalAttention):
         cos, sin = rotary_tables(position_embeddings)
         query, key = (
             apply_rotary(
-                projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2), cos, sin, interleaved=False
+                projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2),
+                cos,
+                sin,
+                interleaved=False,
             )
             for projection in (self.q_proj, self.k_proj)
         )
@@ -146,12 +151,24 @@ class GDAttention(CausalAttention):
         mask = additive_or_boolean(attention_mask, keys.shape[2])
         key, noise_key = keys.split([self.key_ratio * self.head_dim, self.head_dim], dim=-1)
         query, noise_query = split_heads(query, self.num_noise_heads)
-        out = differential_attention(
-            query, noise_query, one_below_another(key, self.key_ratio), noise_key, values, self.lam(),
+        out = self.attend(query, noise_query, one_below_another(key, self.key_ratio), noise_key, values, mask)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), None
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        noise_query: torch.Tensor,
+        key: torch.Tensor,
+        noise_key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Returns the normalised outputs of the signal heads, `[B, num_signal_heads, N, 2 * head_dim]`."""
+        return differential_attention(
+            query, noise_query, key, noise_key, value, self.lam(),
             norm_weight=self.subln.weight, norm_eps=self.subln.eps, out_scale=1 - self.lam_init,
             attn_mask=mask, is_causal=mask is None, scale=self.scale, softcap=self.softcap,
         )  # fmt: skip
-        return self.o_proj(out.transpose(1, 2).flatten(2)), None
 
 
 def lam_init(layer_idx: int, variant: str) -> float:
@@ -169,7 +186,9 @@ def split_heads(tensor: torch.Tensor, groups: int, dim: int = 1) -> tuple[torch.
 def stripe_heads(signal: torch.Tensor, noise: torch.Tensor, dim: int = 1) -> torch.Tensor:
     """Joins what `split_heads` split: the inverse, a permutation of heads."""
     groups = noise.shape[dim]
-    return torch.cat([signal.unflatten(dim, (groups, -1)), noise.unsqueeze(dim + 1)], dim=dim + 1).flatten(dim, dim + 1)
+    return torch.cat([signal.unflatten(dim, (groups, -1)), noise.unsqueeze(dim + 1)], dim=dim + 1).flatten(
+        dim, dim + 1
+    )
 
 
 def side_by_side(heads: torch.Tensor, groups: int) -> torch.Tensor:

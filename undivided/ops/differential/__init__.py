@@ -57,8 +57,13 @@ def _gluon_reasons(**arguments) -> list[str]:
     if query.dtype not in (torch.float16, torch.bfloat16):
         found.append(f"query is {str(query.dtype).removeprefix('torch.')} (needs a type of 16 bits)")
     if (query.shape[3], value.shape[3]) not in ((64, 128), (128, 256)):
-        found.append(f"head_dim is {query.shape[3]} and value_dim {value.shape[3]} (needs 64 and 128, or 128 and 256)")
-    inputs = (arguments[name] for name in ("query", "noise_query", "key", "noise_key", "value", "lam", "norm_weight"))
+        found.append(
+            f"head_dim is {query.shape[3]} and value_dim {value.shape[3]} (needs 64 and 128, or 128 and 256)"
+        )
+    inputs = (
+        arguments[name]
+        for name in ("query", "noise_query", "key", "noise_key", "value", "lam", "norm_weight")
+    )
     if autograd.few_rows(query, noise_query, value) and not autograd.needs_gradient(*inputs):
         found.append('query has few rows, for which keys are split (backend "triton" does)')
     if query.device.type != "cuda":
@@ -159,9 +164,13 @@ def differential_attention(
     batch, heads, num_queries, head_dim = query.shape
     _rules.check_mask(attn_mask, batch, 1, num_queries, key.shape[2])
     if norm_weight is not None and tuple(norm_weight.shape) != (value.shape[3],):
-        raise ValueError(f"norm_weight has shape {list(norm_weight.shape)}; it needs [value_dim={value.shape[3]}].")
+        raise ValueError(
+            f"norm_weight has shape {list(norm_weight.shape)}; it needs [value_dim={value.shape[3]}]."
+        )
     if window is not None and (window < 1 or not is_causal):
-        raise ValueError(f"window={window} with is_causal={is_causal}; a window is at least 1 and needs is_causal=True.")
+        raise ValueError(
+            f"window={window} with is_causal={is_causal}; a window is at least 1 and needs is_causal=True."
+        )
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap={softcap} must be positive; leave it None for no cap.")
     arguments = {

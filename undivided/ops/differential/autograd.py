@@ -9,7 +9,8 @@ _OPTIONS = "float norm_eps, float out_scale, bool is_causal, float scale"
 # Which implementation runs the forward: "triton" or "gluon".
 _KERNEL = "str kernel"
 torch.library.define(
-    "undivided::differential_forward", f"({_INPUTS}, {_OPTIONS}, {_KERNEL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "undivided::differential_forward",
+    f"({_INPUTS}, {_OPTIONS}, {_KERNEL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define("undivided::differential_inference", f"({_INPUTS}, {_OPTIONS}, {_KERNEL}) -> Tensor")
 torch.library.define(
@@ -61,7 +62,19 @@ def _backward(
         dout, mixed, noise_out, lam, norm_weight, norm_eps, out_scale
     )
     gradients = backward.backward(
-        dsignal, dnoise, delta, noise_delta, query, noise_query, key, noise_key, value, lse, noise_lse, is_causal, scale
+        dsignal,
+        dnoise,
+        delta,
+        noise_delta,
+        query,
+        noise_query,
+        key,
+        noise_key,
+        value,
+        lse,
+        noise_lse,
+        is_causal,
+        scale,
     )
     return *gradients, dlam, mixed.new_empty(0) if dweight is None else dweight
 
@@ -90,7 +103,19 @@ def _inference_fake(query, noise_query, key, noise_key, value, *arguments):
 
 @torch.library.register_fake("undivided::differential_backward")
 def _backward_fake(
-    dout, mixed, noise_out, lse, noise_lse, query, noise_query, key, noise_key, value, lam, norm_weight, *arguments
+    dout,
+    mixed,
+    noise_out,
+    lse,
+    noise_lse,
+    query,
+    noise_query,
+    key,
+    noise_key,
+    value,
+    lam,
+    norm_weight,
+    *arguments,
 ):
     gradients = tuple(x.new_empty(x.shape) for x in (query, noise_query, key, noise_key, value))
     dweight = mixed.new_empty(0) if norm_weight is None else norm_weight.new_empty(norm_weight.shape)
@@ -110,7 +135,9 @@ class Differential(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        *gradients, dweight = torch.ops.undivided.differential_backward(dout, *ctx.saved_tensors, *ctx.options)
+        *gradients, dweight = torch.ops.undivided.differential_backward(
+            dout, *ctx.saved_tensors, *ctx.options
+        )
         has_norm = ctx.saved_tensors[-1] is not None
         return *gradients, dweight if has_norm else None, None, *(None for _ in ctx.options)
 

@@ -116,7 +116,9 @@ def _key_kernel(
     heads_per_key = heads // key_heads
     for i in range(keys_per_value):
         key_head = value_head * keys_per_value + i
-        k = _load_tile(key + key_head * key_stride_h, first_key, key_stride_m, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D, True)
+        k = _load_tile(
+            key + key_head * key_stride_h, first_key, key_stride_m, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D, True
+        )
         dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         for j in range(heads_per_key):
             head = key_head * heads_per_key + j
@@ -126,7 +128,9 @@ def _key_kernel(
                 first_key, num_queries, num_keys, scale_log2, query_stride_n, dout_stride_n,
                 HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, IS_CAUSAL, PRECISION,
             )  # fmt: skip
-        _store_tile(dkey, dk * scale, batch * key_heads + key_head, first_key, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D)
+        _store_tile(
+            dkey, dk * scale, batch * key_heads + key_head, first_key, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D
+        )
 
     noise_query += batch * noise_query_stride_b
     noise_dout += batch * noise_dout_stride_b
@@ -205,7 +209,19 @@ def key_tiling(head_dim: int, value_dim: int, element_size: int) -> Tiling:
 
 
 def backward(
-    dsignal, dnoise, delta, noise_delta, query, noise_query, key, noise_key, value, lse, noise_lse, is_causal, scale
+    dsignal,
+    dnoise,
+    delta,
+    noise_delta,
+    query,
+    noise_query,
+    key,
+    noise_key,
+    value,
+    lse,
+    noise_lse,
+    is_causal,
+    scale,
 ):
     """Returns the gradients of query, noise_query, key, noise_key and value."""
     batch, heads, num_queries, head_dim = query.shape

@@ -48,7 +48,9 @@ def attend_sdpa(
         outs = [_attend(query, key, part, "sdpa", shared) for part in parts]
         return torch.cat(outs, dim=-1)
 
-    return combine(apply_map(query, key), apply_map(noise_query, noise_key), lam, norm_weight, norm_eps, out_scale)
+    return combine(
+        apply_map(query, key), apply_map(noise_query, noise_key), lam, norm_weight, norm_eps, out_scale
+    )
 
 
 def attend_flex(

@@ -45,7 +45,10 @@ def _attend_kernel(
     column = tl.arange(0, BLOCK_D)
     width = (column < HEAD_DIM)[None, :]
     q = tl.load(
-        query + batch * query_stride_b + (head * query_stride_h + position * query_stride_n)[:, None] + column[None, :],
+        query
+        + batch * query_stride_b
+        + (head * query_stride_h + position * query_stride_n)[:, None]
+        + column[None, :],
         mask=is_signal[:, None] & width,
         other=0.0,
     )
@@ -75,7 +78,9 @@ def _attend_kernel(
         k = _load_tile(noise_key, start, noise_key_stride_m, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D, True)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         for i in tl.static_range(KEYS):
-            k = _load_tile(key + i * key_stride_h, start, key_stride_m, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D, True)
+            k = _load_tile(
+                key + i * key_stride_h, start, key_stride_m, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D, True
+            )
             scores = tl.where((kind == i)[:, None], tl.dot(q, tl.trans(k), input_precision=PRECISION), scores)
         v = _load_tile(value, start, value_stride_m, num_keys, VALUE_DIM, BLOCK_N, BLOCK_V, True)
         seen = (start + tl.arange(0, BLOCK_N))[None, :] < limit[:, None]
@@ -118,11 +123,20 @@ def _mix_kernel(
     inside = columns < VALUE_DIM
     base = batch * (signal_heads + noise_heads)
     signal = _merge(
-        partial, partial_lse, (base + head) * num_queries + position, num_splits, num_rows, VALUE_DIM, BLOCK_V, BLOCK_S
+        partial,
+        partial_lse,
+        (base + head) * num_queries + position,
+        num_splits,
+        num_rows,
+        VALUE_DIM,
+        BLOCK_V,
+        BLOCK_S,
     )
     noise_row = (base + signal_heads + head // group) * num_queries + position
     noise = _merge(partial, partial_lse, noise_row, num_splits, num_rows, VALUE_DIM, BLOCK_V, BLOCK_S)
-    mixed = signal - tl.load(lam + batch * lam_stride_b + head * lam_stride_h + position * lam_stride_n) * noise
+    mixed = (
+        signal - tl.load(lam + batch * lam_stride_b + head * lam_stride_h + position * lam_stride_n) * noise
+    )
     if HAS_NORM:
         square = tl.sum(mixed * mixed, 0) / VALUE_DIM
         weight = tl.load(norm_weight + columns, mask=inside, other=0.0).to(tl.float32)
@@ -158,7 +172,18 @@ def _merge(
 
 
 def attend(
-    query, noise_query, key, noise_key, value, lam, norm_weight, norm_eps, out_scale, is_causal, scale, num_splits=None
+    query,
+    noise_query,
+    key,
+    noise_key,
+    value,
+    lam,
+    norm_weight,
+    norm_eps,
+    out_scale,
+    is_causal,
+    scale,
+    num_splits=None,
 ):
     """Returns the output; `num_splits` is into how many parts the keys are cut, chosen from the shapes by default."""
     query, noise_query, key, noise_key, value = map(_rows, (query, noise_query, key, noise_key, value))

@@ -167,7 +167,9 @@ def _compute(
     total = gl.where(seen, total, gl.full_like(total, 1.0))
     row = (batch * heads + head) * num_queries + rows
     gl.store(
-        lse + row, gl.where(seen, top + gl.log2(total), gl.full_like(total, float("inf"))), mask=rows < num_queries
+        lse + row,
+        gl.where(seen, top + gl.log2(total), gl.full_like(total, float("inf"))),
+        mask=rows < num_queries,
     )
     inverse = gl.where(seen, 1.0 / total, gl.zeros_like(total))
     accumulator *= gl.convert_layout(inverse, gl.SliceLayout(1, layout))[:, None]
@@ -262,7 +264,18 @@ def _hopper_kernel(
 
 
 def forward(
-    query, noise_query, key, noise_key, value, lam, norm_weight, norm_eps, out_scale, is_causal, scale, with_mixed
+    query,
+    noise_query,
+    key,
+    noise_key,
+    value,
+    lam,
+    norm_weight,
+    norm_eps,
+    out_scale,
+    is_causal,
+    scale,
+    with_mixed,
 ):
     """Returns what `triton.forward` returns."""
     query, noise_query, key, noise_key, value = map(_aligned, (query, noise_query, key, noise_key, value))

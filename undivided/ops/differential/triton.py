@@ -111,7 +111,9 @@ def _load_tile(
     base += tl.cast(first, tl.int64) * stride
     offset = row[:, None] * stride + column[None, :]
     if MASKED:
-        tile = tl.load(base + offset, mask=(first + row < count)[:, None] & (column < WIDTH)[None, :], other=0.0)
+        tile = tl.load(
+            base + offset, mask=(first + row < count)[:, None] & (column < WIDTH)[None, :], other=0.0
+        )
     elif WIDTH < COLUMNS:
         tile = tl.load(base + offset, mask=(column < WIDTH)[None, :], other=0.0)
     else:
@@ -138,9 +140,7 @@ def _add_keys(
         total = total * decay + tl.sum(weights, 1)
         top = new_top
         v = _load_tile(value, start, value_stride, num_keys, VALUE_DIM, BLOCK_N, BLOCK_V, MASKED)
-        accumulator = tl.dot(
-            weights.to(v.dtype), v, accumulator * decay[:, None], input_precision=PRECISION
-        )
+        accumulator = tl.dot(weights.to(v.dtype), v, accumulator * decay[:, None], input_precision=PRECISION)
     return accumulator, top, total
 
 
@@ -229,7 +229,18 @@ def forward_tiling(head_dim: int, value_dim: int, element_size: int) -> Tiling:
 
 
 def forward(
-    query, noise_query, key, noise_key, value, lam, norm_weight, norm_eps, out_scale, is_causal, scale, with_mixed
+    query,
+    noise_query,
+    key,
+    noise_key,
+    value,
+    lam,
+    norm_weight,
+    norm_eps,
+    out_scale,
+    is_causal,
+    scale,
+    with_mixed,
 ):
     """Returns out, mixed, the noise heads' output, and the base-2 log-sums of both maps."""
     batch, heads, num_queries, head_dim = query.shape

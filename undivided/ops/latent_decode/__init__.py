@@ -6,9 +6,12 @@ import torch
 
 from undivided.ops import _rules
 from undivided.ops._backends import Backend, select
-from undivided.ops.latent_decode import reference, sdpa
+from undivided.ops._triton import availability, hopper_availability
+from undivided.ops.latent_decode import kernels, reference, sdpa
 
 BACKENDS = (
+    Backend("gluon", kernels.attend_gluon, kernels.gluon_reasons, hopper_availability, automatic=("cuda",)),
+    Backend("triton", kernels.attend_triton, kernels.triton_reasons, availability, automatic=("cuda",)),
     Backend("sdpa", sdpa.attend, sdpa.reasons),
     Backend("reference", reference.attend, reference.reasons),
 )
@@ -55,7 +58,7 @@ def latent_attention(
         num_splits: into how many parts the keys are cut to fill the device; default chosen from the shapes. It
             changes only the order of summation.
         return_lse: also return the log-sum-exp.
-        backend: "auto", "sdpa" or "reference".
+        backend: "auto", "gluon" (Hopper), "triton", "sdpa" or "reference".
 
     Returns:
         `out` `[batch, heads, queries, latent_dim]` of the dtype of `query_latent`; with `return_lse` also `lse`

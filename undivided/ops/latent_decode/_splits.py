@@ -14,10 +14,12 @@ import triton
 import triton.language as tl
 
 _MAX_SPLITS = 256
-# What starting a program and what merging costs, in blocks of keys, and what a better fit of waves must gain to be
-# worth the traffic of the sums: measured at 32,768 keys on an H100, where a block takes a program a microsecond or two.
+# What starting a program costs, merging at all, and merging each part, in blocks of keys (of which a program
+# does one in a microsecond or two), and what splitting must gain to be worth the traffic of the sums. Set by
+# measurements on an H100 at 32,768 keys and batches of 1 to 64.
 _START_COST = 2.0
 _MERGE_COST = 4.0
+_PART_COST = 0.12
 _LEAST_GAIN = 1.05
 
 
@@ -36,7 +38,7 @@ def choose_splits(tiles: int, blocks: int, slots: int) -> int:
     def duration(splits: int) -> float:
         waves = -(-tiles * splits // slots)
         compute = waves * (-(-blocks // splits) + _START_COST)
-        return compute if splits == 1 else compute * _LEAST_GAIN + _MERGE_COST
+        return compute if splits == 1 else compute * _LEAST_GAIN + _MERGE_COST + _PART_COST * splits
 
     return min(range(1, max(min(blocks, _MAX_SPLITS), 1) + 1), key=lambda splits: (duration(splits), splits))
 
@@ -48,7 +50,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def allocate(query_latent: torch.Tensor, num_splits: int) -> tuple[torch.Tensor, ...]:
-    """Returns `out` and `lse`, and what the decode kernel writes: these, or the sums of each part in float32."""
+    """Returns `out`, `lse` and what the decode kernel writes: these, or the float32 sums of each part."""
     batch, heads, num_queries, latent_dim = query_latent.shape
     out = query_latent.new_empty((batch, heads, num_queries, latent_dim))
     lse = query_latent.new_empty((batch, heads, num_queries), dtype=torch.float32)
@@ -59,10 +61,10 @@ def allocate(query_latent: torch.Tensor, num_splits: int) -> tuple[torch.Tensor,
     return out, lse, partial, query_latent.new_empty((num_splits, rows), dtype=torch.float32)
 
 
-# One program merges BLOCK_COLUMNS columns of ROWS rows. Each of its ROWS x GROUPS lines of accumulators [BLOCK_COLUMNS]
-# in registers takes every GROUPS-th part of a row, weighed by exp2 of its log-sum over a running maximum, so that all
-# loads are independent; with many parts the lines of a row are added up at the end. It moves `splits * 4` bytes an
-# element, which the decode kernel has just left in the L2 cache.
+# One program merges BLOCK_COLUMNS columns of ROWS rows. Each of its ROWS x GROUPS lines of accumulators
+# [BLOCK_COLUMNS] in registers takes every GROUPS-th part of a row, weighed by exp2 of its log-sum over a
+# running maximum, so that all loads are independent; with many parts the lines of a row are added up at the
+# end. It moves `splits * 4` bytes an element, which the decode kernel has just left in the L2 cache.
 @triton.jit(do_not_specialize=["num_rows", "num_splits"])
 def _merge_kernel(
     partial, partial_lse, out, lse, num_rows, num_splits,
@@ -120,8 +122,10 @@ def _merge_kernel(
     tl.store(lse + row, log, mask=row_inside & (column_block == 0))
 
 
-def merge_splits(partial: torch.Tensor, partial_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
-    """Merges partial sums `[splits, rows, latent_dim]` and their base-2 log-sums `[splits, rows]` into out and lse."""
+def merge_splits(
+    partial: torch.Tensor, partial_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+) -> None:
+    """Merges sums `[splits, rows, latent_dim]` and base-2 log-sums `[splits, rows]` into out and lse."""
     num_splits, num_rows, latent_dim = partial.shape
     groups = 1 if num_splits <= 32 else 32
     steps = triton.next_power_of_2(triton.cdiv(num_splits, groups))

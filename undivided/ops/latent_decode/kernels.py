@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import torch
 
+from undivided.ops._triton import availability, capability, hopper_availability, interprets
+
 _ARGUMENTS = (
-    "(Tensor query_latent, Tensor? query_rope, Tensor latent, Tensor? rope_key, float scale, Tensor? cache_seqlens, "
-    "Tensor? block_table, Tensor? latent_scale, float? softcap, bool is_causal, int? num_splits) -> (Tensor, Tensor)"
+    "(Tensor query_latent, Tensor? query_rope, Tensor latent, Tensor? rope_key, float scale, "
+    "Tensor? cache_seqlens, Tensor? block_table, Tensor? latent_scale, float? softcap, bool is_causal, "
+    "int? num_splits) -> (Tensor, Tensor)"
 )
 torch.library.define("undivided::latent_decode", _ARGUMENTS)
 torch.library.define("undivided::latent_decode_hopper", _ARGUMENTS)
@@ -37,12 +40,12 @@ def _fake(query_latent, *_):
 
 
 def _attend(
-    op, query_latent, query_rope, latent, rope_key, scale, is_causal, cache_seqlens, softcap, block_table, latent_scale,
-    num_splits, return_lse,
+    op, query_latent, query_rope, latent, rope_key, scale, is_causal, cache_seqlens, softcap, block_table,
+    latent_scale, num_splits, return_lse,
 ):  # fmt: skip
     out, lse = op(
-        query_latent, query_rope, latent, rope_key, scale, cache_seqlens, block_table, latent_scale, softcap, is_causal,
-        num_splits,
+        query_latent, query_rope, latent, rope_key, scale, cache_seqlens, block_table, latent_scale, softcap,
+        is_causal, num_splits,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -55,32 +58,13 @@ def attend_gluon(*, attn_mask, **arguments):
     return _attend(torch.ops.undivided.latent_decode_hopper, **arguments)
 
 
-def availability() -> list[str]:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return ["triton is not installed"]
-    return []
-
-
-# None of these changes within a process, and torch.compile could not look into them.
-@torch.compiler.assume_constant_result
-def _interprets() -> bool:
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
-
-
-@torch.compiler.assume_constant_result
-def _capability(index: int | None) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _common_reasons(query_latent, query_rope, latent, rope_key, attn_mask, cache_seqlens, block_table) -> list[str]:
+def _common_reasons(
+    query_latent, query_rope, latent, rope_key, attn_mask, cache_seqlens, block_table
+) -> list[str]:
     found = []
     if attn_mask is not None:
         found.append("attn_mask is given (the kernels know is_causal and cache_seqlens)")
@@ -92,29 +76,31 @@ def _common_reasons(query_latent, query_rope, latent, rope_key, attn_mask, cache
             found.append(f"the last axis of {name} has stride {tensor.stride(3)} (needs 1)")
     for name, tensor in (("cache_seqlens", cache_seqlens), ("block_table", block_table)):
         if tensor is not None and (tensor.dtype != torch.int32 or tensor.device != query_latent.device):
-            found.append(f"{name} is {_name(tensor.dtype)} on {tensor.device} (needs int32 beside the queries)")
+            found.append(
+                f"{name} is {_name(tensor.dtype)} on {tensor.device} (needs int32 beside the queries)"
+            )
     if block_table is not None and block_table.stride(1) != 1:
         found.append(f"the last axis of block_table has stride {block_table.stride(1)} (needs 1)")
     return found
 
 
 def triton_reasons(
-    query_latent, query_rope, latent, rope_key, scale, attn_mask, is_causal, cache_seqlens, softcap, block_table,
-    latent_scale, num_splits, return_lse,
+    query_latent, query_rope, latent, rope_key, scale, attn_mask, is_causal, cache_seqlens, softcap,
+    block_table, latent_scale, num_splits, return_lse,
 ) -> list[str]:  # fmt: skip
     missing = availability()
     if missing:
         return missing
     found = _common_reasons(query_latent, query_rope, latent, rope_key, attn_mask, cache_seqlens, block_table)
     device, dtype = query_latent.device, query_latent.dtype
-    interprets = device.type == "cpu" and _interprets()
-    if device.type != "cuda" and not interprets:
+    interpreted = device.type == "cpu" and interprets()
+    if device.type != "cuda" and not interpreted:
         found.append(f"query_latent is on {device.type}")
-    elif interprets and dtype == torch.bfloat16:
+    elif interpreted and dtype == torch.bfloat16:
         found.append("query_latent is bfloat16 (Triton's interpreter multiplies it wrongly)")
-    elif not interprets and _capability(device.index) < (8, 9 if latent_scale is not None else 0):
-        found.append(f"compute capability {_capability(device.index)} is too low (8.0; 8.9 for an fp8 cache)")
-    if dtype not in (torch.float16, torch.bfloat16) and not (interprets and dtype == torch.float32):
+    elif not interpreted and capability(device.index) < (8, 9 if latent_scale is not None else 0):
+        found.append(f"compute capability {capability(device.index)} is too low (8.0; 8.9 for an fp8 cache)")
+    if dtype not in (torch.float16, torch.bfloat16) and not (interpreted and dtype == torch.float32):
         found.append(f"query_latent is {_name(dtype)} (needs float16 or bfloat16)")
     latent_dim = query_latent.shape[3]
     if latent_dim % 16 or not 16 <= latent_dim <= 512:
@@ -125,18 +111,18 @@ def triton_reasons(
 
 
 def gluon_reasons(
-    query_latent, query_rope, latent, rope_key, scale, attn_mask, is_causal, cache_seqlens, softcap, block_table,
-    latent_scale, num_splits, return_lse,
+    query_latent, query_rope, latent, rope_key, scale, attn_mask, is_causal, cache_seqlens, softcap,
+    block_table, latent_scale, num_splits, return_lse,
 ) -> list[str]:  # fmt: skip
-    missing = availability()
+    missing = hopper_availability()
     if missing:
         return missing
     found = _common_reasons(query_latent, query_rope, latent, rope_key, attn_mask, cache_seqlens, block_table)
     device, dtype = query_latent.device, query_latent.dtype
     if device.type != "cuda":
         found.append(f"query_latent is on {device.type}")
-    elif _capability(device.index) != (9, 0):
-        found.append(f"compute capability is {_capability(device.index)} (needs 9.0)")
+    elif capability(device.index) != (9, 0):
+        found.append(f"compute capability is {capability(device.index)} (needs 9.0)")
     if dtype not in (torch.float16, torch.bfloat16):
         found.append(f"query_latent is {_name(dtype)} (needs float16 or bfloat16)")
     for name, given in (("softcap", softcap), ("latent_scale", latent_scale)):
@@ -155,8 +141,8 @@ def gluon_reasons(
     for name, tensor in (("latent", latent), ("rope_key", rope_key)):
         if tensor is not None and not _is_matrix_of_rows(tensor):
             found.append(
-                f"{name} has strides {tensor.stride()} and offset {tensor.storage_offset()} (the copy engine needs "
-                "rows at multiples of 16 bytes and every other stride a multiple of a row)"
+                f"{name} has strides {tensor.stride()} and offset {tensor.storage_offset()} (the copy engine "
+                "needs rows at multiples of 16 bytes and every other stride a multiple of a row)"
             )
     return found
 

@@ -41,6 +41,10 @@ def attend(
         else:
             mask = attn_mask if mask is None else attn_mask.masked_fill(~mask, float("-inf"))
             mask = mask.to(query.dtype)
-    return F.scaled_dot_product_attention(
-        query, key, latent, attn_mask=mask, scale=scale, enable_gqa=heads != latent_heads
-    )
+    # Heads of one latent head stand as queries, so that no copy of the cache a head is made.
+    shape, groups = query_latent.shape, heads // latent_heads
+    query = query.reshape(shape[0], latent_heads, groups * shape[2], query.shape[3])
+    if mask is not None:
+        mask = mask.expand(-1, heads if mask.shape[1] > 1 else latent_heads * groups, -1, -1)
+        mask = mask.reshape(mask.shape[0], latent_heads, groups * shape[2], mask.shape[3])
+    return F.scaled_dot_product_attention(query, key, latent, attn_mask=mask, scale=scale).reshape(shape)

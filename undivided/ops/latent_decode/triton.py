@@ -19,12 +19,12 @@ _RUNTIME = [
 ]  # fmt: skip
 
 
-# One program: BLOCK_ROWS rows (the queries and heads that share a latent head; row = head * queries + query) against
-# one part of the keys of one sequence. In registers: the accumulator [BLOCK_ROWS, latent_dim] in float32, running
-# maximum and sum of each row, and the scores of one block of keys. The query stays in shared memory, where the loads
-# of the next blocks of keys land too. It must move `keys * (latent_dim + rope_dim)` elements of cache, once: a block
-# is loaded once and serves as key and as value. Row tiles of one sequence are neighbours in the grid and run at the
-# same time, so a second tile finds its keys in the L2 cache.
+# One program: BLOCK_ROWS rows (the queries and heads that share a latent head; row = head * queries + query)
+# against one part of the keys of one sequence. In registers: the accumulator [BLOCK_ROWS, latent_dim] in
+# float32, running maximum and sum of each row, and the scores of one block of keys. The query stays in shared
+# memory, where the loads of the next blocks of keys land too. It must move `keys * (latent_dim + rope_dim)`
+# elements of cache, once: a block is loaded once and serves as key and as value. Row tiles of one sequence
+# are neighbours in the grid and run at the same time, so a second tile finds its keys in the L2 cache.
 @triton.jit(do_not_specialize=_RUNTIME)
 def _attend_kernel(
     query_latent, query_rope, latent, rope_key, cache_seqlens, block_table, row_scale, out, lse,
@@ -81,8 +81,8 @@ def _attend_kernel(
     latent += latent_head * latent_stride_h
     if PAGE_SIZE > 0:
         block_table += batch * table_stride_b
-        # The page of a block is fetched one block ahead: its load must not stand before the loads of the block.
-        # A block within one page needs one number, others one for each key.
+        # The page of a block is fetched one block ahead: its load must not stand before the loads of the
+        # block. A block within one page needs one number, others one for each key.
         at = first if PAGE_SIZE % BLOCK_KEYS == 0 else first + key
         page = tl.load(block_table + at // PAGE_SIZE, mask=at < last, other=0)
 
@@ -144,7 +144,9 @@ def _attend_kernel(
     log = tl.where(total > 0, top + tl.log2(tl.where(total > 0, total, 1)), float("-inf"))
     if IS_FINAL:
         log *= 0.6931471805599453
-    out_row = split.to(tl.int64) * num_rows + (batch * latent_heads * heads_per_latent + head) * num_queries + query
+    out_row = (
+        split.to(tl.int64) * num_rows + (batch * latent_heads * heads_per_latent + head) * num_queries + query
+    )
     tl.store(
         out + out_row[:, None] * LATENT_DIM + columns[None, :],
         accumulator.to(out.dtype.element_ty),
@@ -155,7 +157,7 @@ def _attend_kernel(
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the kernel is cut: rows and keys of a program's tile, its warps, and the blocks of keys in flight."""
+    """How the kernel is cut: rows and keys of a tile, warps of a program, blocks of keys in flight."""
 
     block_rows: int
     block_keys: int
@@ -163,7 +165,8 @@ class Tiling:
     num_stages: int
 
 
-# Measured on an H100 (the first of each number of rows), then smaller ones for devices with less shared memory.
+# Measured on an H100 (the first of each number of rows), then smaller ones for devices with less shared
+# memory.
 _TILINGS = {
     512: (
         Tiling(64, 64, 8, 2),
@@ -197,8 +200,8 @@ def choose_tiling(rows: int, width: int, cache_bytes: int, shared_memory: int, h
         width: elements of a padded cache row.
         cache_bytes: bytes of an element of the cache; those of the query are 2.
         shared_memory: bytes a program may use.
-        has_wgmma: whether products of 64 rows and more take their operands from shared memory (Hopper), so that the
-            block in use is kept beside those in flight.
+        has_wgmma: whether products of 64 rows and more take their operands from shared memory (Hopper), so
+            that the block in use is kept beside those in flight.
     """
     candidates = _TILINGS[512 if width > 512 else 256]
     fitting = [t for t in candidates if _shared_memory(t, width, cache_bytes, has_wgmma) <= shared_memory]
@@ -265,12 +268,14 @@ def latent_attention_forward(
 
     factor = scale * _LOG2E if softcap is None else 2 * scale / softcap * _LOG2E
     _attend_kernel[row_tiles, num_splits, batch * latent_heads](
-        query_latent, query_rope, latent, rope_key, cache_seqlens, block_table, latent_scale, partial, partial_lse,
+        query_latent, query_rope, latent, rope_key, cache_seqlens, block_table, latent_scale,
+        partial, partial_lse,
         factor, 0.0 if softcap is None else softcap * _LOG2E,
         num_keys, num_queries, heads // latent_heads, latent_heads, num_splits, batch * heads * num_queries,
         *query_latent.stride()[:3], *((0, 0, 0) if query_rope is None else query_rope.stride()[:3]),
         *latent.stride()[:3], *((0, 0) if rope_key is None else (rope_key.stride(0), rope_key.stride(2))),
-        0 if block_table is None else block_table.stride(0), 0 if latent_scale is None else latent_scale.stride(0),
+        0 if block_table is None else block_table.stride(0),
+        0 if latent_scale is None else latent_scale.stride(0),
         LATENT_DIM=latent_dim, ROPE_DIM=rope_dim, LATENT_BLOCK=latent_block, ROPE_BLOCK=rope_block,
         BLOCK_ROWS=tiling.block_rows, BLOCK_KEYS=tiling.block_keys, PAGE_SIZE=page_size,
         IS_CAUSAL=is_causal and num_queries > 1, HAS_LENGTHS=cache_seqlens is not None,

@@ -6,6 +6,7 @@ import torch
 
 from undivided.ops import _rules
 from undivided.ops._backends import Backend, select
+from undivided.ops._triton import availability, interprets
 from undivided.ops.transport import reference
 
 
@@ -22,7 +23,7 @@ def _sinkhorn_triton(**arguments):
 
 
 def _triton_reasons(query, key, value, attn_mask, **arguments) -> list[str]:
-    found = _triton_availability()
+    found = availability()
     if found:
         return found
     if attn_mask is not None:
@@ -35,33 +36,17 @@ def _triton_reasons(query, key, value, attn_mask, **arguments) -> list[str]:
     for name in ("row_marginal", "column_marginal"):
         if arguments.get(name) is not None and arguments[name].requires_grad:
             found.append(f"{name} needs a gradient")
-    if query.device.type != "cuda" and not _interprets():
+    if query.device.type != "cuda" and not interprets():
         found.append(f"query is on {query.device.type}")
     return found
 
 
-# It does not change within a process, and torch.compile could not look into it.
-@torch.compiler.assume_constant_result
-def _interprets() -> bool:
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
-
-
-def _triton_availability() -> list[str]:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return ["triton is not installed"]
-    return []
-
-
 COLUMN_BACKENDS = (
-    Backend("triton", _column_triton, _triton_reasons, _triton_availability, automatic=("cuda",)),
+    Backend("triton", _column_triton, _triton_reasons, availability, automatic=("cuda",)),
     Backend("reference", reference.column, reference.reasons),
 )
 SINKHORN_BACKENDS = (
-    Backend("triton", _sinkhorn_triton, _triton_reasons, _triton_availability, automatic=("cuda",)),
+    Backend("triton", _sinkhorn_triton, _triton_reasons, availability, automatic=("cuda",)),
     Backend("reference", reference.sinkhorn, reference.reasons),
 )
 

@@ -22,6 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
+from undivided.ops._triton import interprets
+
 _LN2 = tl.constexpr(0.6931471805599453)
 
 # How the y positions that x may meet are bounded.
@@ -312,14 +314,10 @@ def _logit_gradient_kernel(
     tl.store(at, (dx * (scale * _LN2)).to(DX.dtype.element_ty), mask=in_x[:, None] & (dim[None, :] < DIM))
 
 
-def _interprets() -> bool:
-    return bool(triton.knobs.runtime.interpret)
-
-
 def block_sizes(kernel: str, dim: int, value_dim: int, dtype: torch.dtype) -> dict[str, int]:
     """Rows of x and y a program holds, and its warps and stages; chosen by size, never searched."""
     widest = max(16, triton.next_power_of_2(max(dim, value_dim)))
-    if _interprets():
+    if interprets():
         return {"BLOCK_X": 32, "BLOCK_Y": 32}
     if dtype == torch.float32:
         # Exact float32 products take registers and shared memory for two operands of twice the width.
@@ -363,7 +361,7 @@ class _Passes:
         self.is_causal = is_causal
         self.shift = self.num_keys - self.num_queries
         self.scale = scale / math.log(2)
-        self.common = {"INTERPRET": _interprets()}
+        self.common = {"INTERPRET": interprets()}
 
     def sizes(self, kernel: str) -> dict[str, int]:
         return block_sizes(kernel, self.dim, self.value_dim, self.query.dtype)

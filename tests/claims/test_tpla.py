@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.tiny import VOCAB_SIZE, tiny_model, tiny_text, tiny_tokenizer
+from undivided.claims import _latent_decode, tpla
+from undivided.claims._latent_decode import Model, Rank, decode_rows
+
+
+def study(seed: int = 0) -> tpla.Study:
+    ids = torch.randint(VOCAB_SIZE, (4, 16), generator=torch.Generator().manual_seed(seed))
+    model = tiny_model("deepseek_v3", seed=seed)
+    texts = [tiny_text(60, seed=seed), tiny_text(50, seed=seed + 1)]
+    return tpla.Study(model, tiny_tokenizer(), ids, texts, 24, 48)
+
+
+def test_the_gate_holds() -> None:
+    tpla.gate("cpu")
+
+
+def test_the_gate_notices_a_wrong_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("undivided.convert.tpla.rotate_latent", lambda *given: None)
+    fold = "undivided.convert._mla.fold_norm_weight"
+    monkeypatch.setattr(fold, lambda layer: layer.kv_b_proj.weight.data.mul_(2))
+    with pytest.raises(ValueError, match="rewritten: logits differ from MLA's by"):
+        tpla.gate("cpu")
+
+
+def test_ablation_has_every_variant_and_cuts_change_the_result() -> None:
+    rows = list(tpla.ablation([study(0), study(1)], "tiny", normalised=True, groups=2))
+    assert len({(row.what, row.shape) for row in rows}) == len(rows)
+    whats = [row.what for row in rows]
+    for cut in ("norm", "softmax", "norm and softmax"):
+        for transform in tpla.TRANSFORMS:
+            assert f"perplexity, {cut} cut, {transform}, against MLA" in whats
+    exact = rows[0]
+    assert exact.what == "perplexity, rewritten latent, nothing cut, against MLA"
+    assert exact.ours == pytest.approx(exact.baseline, rel=1e-4)
+    cut = next(row for row in rows if row.what == "perplexity, norm and softmax cut, none, against MLA")
+    assert cut.ours != pytest.approx(cut.baseline, rel=1e-4)
+
+
+def test_a_latent_without_norm_has_no_rows_for_it() -> None:
+    rows = list(tpla.ablation([study()], "tiny", normalised=False, groups=None))
+    assert all("norm" not in row.what and "GLA" not in row.what for row in rows)
+
+
+def test_exact_prompts_are_scored_in_decoding() -> None:
+    rows = list(tpla.separated([study()], "tiny", prompt=12, lengths=(4, 8)))
+    assert [row.shape for row in rows[::3]] == [
+        "tiny, 4 tokens after a prompt of 12",
+        "tiny, 8 tokens after a prompt of 12",
+    ]
+    sliced, exact, against = rows[:3]
+    # MLA's own perplexity would mean that nothing was decoded.
+    assert exact.ours != pytest.approx(exact.baseline, rel=1e-4)
+    assert (against.ours, against.baseline) == (exact.ours, sliced.ours)
+
+
+def test_moments_are_collected_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from undivided.convert import tpla as convert
+
+    calls, collect = [], convert.latent_moments
+    monkeypatch.setattr(convert, "latent_moments", lambda *given: calls.append(1) or collect(*given))
+    one = study()
+    first, second = one.converted("pca"), one.converted("none")
+    assert len(calls) == 1
+    assert not torch.equal(
+        first.attention_layers()[0].kv_b_proj.weight, second.attention_layers()[0].kv_b_proj.weight
+    )
+
+
+def test_decode_rows_hold_the_ranks_against_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    ceilings = _latent_decode.measured_ceilings("cpu")
+    monkeypatch.setattr(_latent_decode, "measured_ceilings", lambda device: ceilings)
+    monkeypatch.setattr(_latent_decode, "POINTS", ((1, 64),))
+    model = Model("tiny", Rank(2, 32), Rank(4, 16), 1.0)
+    rows = list(decode_rows("cpu", quick=False, models=(model,), dtype=torch.float32))
+    assert [row.baseline_name for row in rows] == ["MLA", "MLA through torch SDPA", "large copy"]
+    assert all(row.holds is None for row in rows)
+    assert rows[0].ours == rows[1].ours
+
+
+def test_bytes_of_a_rank_are_those_of_its_cache_queries_and_outputs() -> None:
+    # DeepSeek-V3 at two ranks: 576 numbers a token for MLA, 320 for TPLA.
+    ranks = Rank(64, 512), Rank(128, 256)
+    mla, shard = (rank.bytes_moved(1, 10**6, torch.bfloat16) for rank in ranks)
+    assert mla / shard == pytest.approx(576 / 320, rel=1e-3)
