@@ -105,7 +105,7 @@ SYSTEMS: tuple[System, ...] = (
         "TPLA: Tensor Parallel Latent Attention for Efficient Disaggregated Prefill & Decode Inference",
         2025, "2508.15881", "latent",
         "Splits the MLA latent over ranks without retraining, for tensor-parallel serving.",
-        ("undivided.layers.tpla", "undivided.convert.tpla"), "partial", "paper",
+        ("undivided.layers.tpla", "undivided.convert.tpla"), "works", "paper",
     ),
     System(
         2, "gda", "GDA", "Grouped Differential Attention", 2025, "2510.06949", "heads",
@@ -213,7 +213,7 @@ SYSTEMS: tuple[System, ...] = (
         17, "transmla", "TransMLA", "TransMLA: Multi-head Latent Attention Is All You Need",
         2025, "2502.07864", "latent",
         "Converts GQA checkpoints to MLA by rotating keys and PCA, with little or no training.",
-        ("undivided.convert.transmla",), "partial", "paper",
+        ("undivided.convert.transmla",), "works", "official",
     ),
     System(
         18, "gsva", "GSVA", "GSVA: Generalized Segmentation via Multimodal Large Language Models",

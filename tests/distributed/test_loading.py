@@ -63,8 +63,17 @@ def ranks(request, tmp_path_factory):
     root = Path(__file__).resolve().parents[2]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     script = str(Path(__file__).with_name("ranks.py"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request.param}", script]
-    done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=240)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={request.param}",
+        script,
+    ]
+    done = subprocess.run(
+        [*command, str(folder)], env=environment, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     reports = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     return request.param, ids, reports

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from transformers import AutoConfig, CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from tests.tiny import tiny_config
 from undivided.models.configuration import UndividedConfig

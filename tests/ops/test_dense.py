@@ -131,7 +131,9 @@ def test_compiles_into_one_graph(options):
     torch.testing.assert_close(compiled, eager)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(is_causal=True, window=20), dict(softcap=3.0), dict(mask=True)])
+@pytest.mark.parametrize(
+    "options", [dict(), dict(is_causal=True, window=20), dict(softcap=3.0), dict(mask=True)]
+)
 def test_flex_is_as_accurate_as_eager(options, device):
     x = {name: t.to(device) for name, t in inputs(queries=40, keys=50, dtype=torch.float32).items()}
     options = dict(options)

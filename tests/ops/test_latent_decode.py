@@ -7,7 +7,9 @@ from undivided.ops import dense_attention, latent_attention
 from undivided.testing import compare_op, poison_buffer, poison_tail
 
 
-def inputs(batch=2, heads=4, latent_heads=1, queries=1, keys=13, latent_dim=16, rope_dim=8, dtype=torch.float64):
+def inputs(
+    batch=2, heads=4, latent_heads=1, queries=1, keys=13, latent_dim=16, rope_dim=8, dtype=torch.float64
+):
     draw = lambda *shape: torch.randn(*shape, dtype=dtype)  # noqa: E731
     return {
         "query_latent": draw(batch, heads, queries, latent_dim),
@@ -29,7 +31,9 @@ def as_dense(x, **options):
     return dense_attention(query, key, x["latent"], scale=0.3, is_causal=True, return_lse=True, **options)
 
 
-@pytest.mark.parametrize("shape", [dict(), dict(latent_heads=2, queries=3), dict(heads=6, latent_heads=3, queries=8)])
+@pytest.mark.parametrize(
+    "shape", [dict(), dict(latent_heads=2, queries=3), dict(heads=6, latent_heads=3, queries=8)]
+)
 def test_reference_equals_dense_attention_over_formed_keys(shape):
     x = inputs(**shape)
     out, lse = latent_attention(**x, scale=0.3, return_lse=True, backend="reference")
@@ -40,7 +44,13 @@ def test_reference_equals_dense_attention_over_formed_keys(shape):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    "shape", [dict(), dict(latent_heads=2, queries=3), dict(keys=1), dict(queries=5, keys=7, latent_dim=24, rope_dim=4)]
+    "shape",
+    [
+        dict(),
+        dict(latent_heads=2, queries=3),
+        dict(keys=1),
+        dict(queries=5, keys=7, latent_dim=24, rope_dim=4),
+    ],
 )
 def test_sdpa_is_as_accurate_as_eager(shape, dtype):
     reference = call("reference")
@@ -60,7 +70,10 @@ def test_nan_in_cache_tail_is_never_read(backend, queries):
     lengths = torch.tensor([13, 6], dtype=torch.int32)
     poisoned = x | {name: poison_tail(x[name], lengths) for name in ("latent", "rope_key")}
     out = call(backend, cache_seqlens=lengths)(**poisoned)
-    short = {name: tensor[1:, :, :6] if name in ("latent", "rope_key") else tensor[1:] for name, tensor in x.items()}
+    short = {
+        name: tensor[1:, :, :6] if name in ("latent", "rope_key") else tensor[1:]
+        for name, tensor in x.items()
+    }
     torch.testing.assert_close(out[1:], call(backend)(**short))
     torch.testing.assert_close(out[:1], call(backend)(**{name: t[:1] for name, t in x.items()}))
 

@@ -32,7 +32,9 @@ def test_gradients_through_the_merge_equal_those_of_the_whole():
     query, key, value = (x.requires_grad_() for x in qkv())
 
     def split(q, k, v):
-        return merge_attention(*zip(attend(q, k[:, :, :4], v[:, :, :4]), attend(q, k[:, :, 4:], v[:, :, 4:]), strict=True))
+        return merge_attention(
+            *zip(attend(q, k[:, :, :4], v[:, :, :4]), attend(q, k[:, :, 4:], v[:, :, 4:]), strict=True)
+        )
 
     weights = torch.randn(2, 4, 3, 6, dtype=torch.float64), torch.randn(2, 4, 3, dtype=torch.float64)
     loss = lambda pair: sum((w * x).sum() for w, x in zip(weights, pair, strict=True))  # noqa: E731
@@ -69,7 +71,9 @@ def test_low_precision_parts_are_summed_wide():
 def test_compiles_into_one_graph():
     pair = attend(*qkv())
     compiled = torch.compile(merge_attention, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled([pair[0]] * 2, [pair[1]] * 2), merge_attention([pair[0]] * 2, [pair[1]] * 2))
+    torch.testing.assert_close(
+        compiled([pair[0]] * 2, [pair[1]] * 2), merge_attention([pair[0]] * 2, [pair[1]] * 2)
+    )
 
 
 def test_unequal_parts_are_named():

@@ -171,6 +171,7 @@ def measure(device: str, quick: bool) -> Iterator[Row]:
 
     study = demo_study(device, quick)
     shape = "SmolLM2-135M as MLA, latent 256, 2 shards"
+    yield from scales([study], shape)
     yield from ablation([study], shape, normalised=False, groups=None)
     yield from separated([study], shape, prompt=512, lengths=(64,) if quick else (64, 256))
     # Its nine heads cannot be cut into two groups.
@@ -226,6 +227,17 @@ def grouped(studies: Sequence[Study], shape: str, *, groups: int) -> Iterator[Ro
         gla = _over(studies, gla_perplexity(transform))
         name = "GLA conversion" if transform == "none" else "GLA conversion, latent rotated at random"
         yield _row("perplexity, TPLA by pca", shape, tpla, name, gla, 10.0 if transform == "none" else None)
+
+
+def scales(studies: Sequence[Study], shape: str) -> Iterator[Row]:
+    """Yields the perplexities of the four factors of a shard's logits, for every transform, beside MLA's."""
+    from undivided.convert.tpla import LOGIT_SCALES
+
+    mla = _over(studies, lambda study: study.perplexity(study.model))
+    for transform in TRANSFORMS:
+        for scale in LOGIT_SCALES:
+            value = _over(studies, _converted_perplexity(transform, logit_scale=scale))
+            yield _row(f"perplexity, {transform}, logit scale {scale}", shape, value, _BASELINE, mla)
 
 
 def separated(studies: Sequence[Study], shape: str, *, prompt: int, lengths: Sequence[int]) -> Iterator[Row]:

@@ -12,29 +12,42 @@ _TPLA = "Options of TPLA"
 
 
 def command(
-    src: Annotated[str, typer.Argument(help="Checkpoint folder, smollm2-135m, or a name on the Hub (org/name).")],
+    src: Annotated[
+        str, typer.Argument(help="Checkpoint folder, smollm2-135m, or a name on the Hub (org/name).")
+    ],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     to: Annotated[str, typer.Option(help="mla or tpla.")],
-    latent_dim: Annotated[int | None, typer.Option(help="Width of the latent [512].", rich_help_panel=_MLA)] = None,
+    latent_dim: Annotated[
+        int | None, typer.Option(help="Width of the latent [512].", rich_help_panel=_MLA)
+    ] = None,
     rope_dim: Annotated[
-        int | None, typer.Option(help="Dimensions that keep their rotary positions [64].", rich_help_panel=_MLA)
+        int | None,
+        typer.Option(help="Dimensions that keep their rotary positions [64].", rich_help_panel=_MLA),
     ] = None,
     query_latent_dim: Annotated[
         int | None, typer.Option(help="Width of a latent for the queries [none].", rich_help_panel=_MLA)
     ] = None,
     freqfold: Annotated[
-        str | None, typer.Option(help="Rotary frequencies folded into one: auto or a number.", rich_help_panel=_MLA)
+        str | None,
+        typer.Option(help="Rotary frequencies folded into one: auto or a number.", rich_help_panel=_MLA),
     ] = None,
     balance: Annotated[
-        float | None, typer.Option(help="Key norm over value norm before the PCA; 0 turns it off [1].", rich_help_panel=_MLA)
+        float | None,
+        typer.Option(
+            help="Key norm over value norm before the PCA; 0 turns it off [1].", rich_help_panel=_MLA
+        ),
     ] = None,
     rank: Annotated[
-        str | None, typer.Option(help="pca, or full: lossless, at the cache of the source.", rich_help_panel=_MLA)
+        str | None,
+        typer.Option(help="pca, or full: lossless, at the cache of the source.", rich_help_panel=_MLA),
     ] = None,
     latent_norm: Annotated[
-        bool, typer.Option("--latent-norm", help="Normalise the latent, as DeepSeek does.", rich_help_panel=_MLA)
+        bool,
+        typer.Option("--latent-norm", help="Normalise the latent, as DeepSeek does.", rich_help_panel=_MLA),
     ] = False,
-    shards: Annotated[int | None, typer.Option(help="Shards of the latent [2].", rich_help_panel=_TPLA)] = None,
+    shards: Annotated[
+        int | None, typer.Option(help="Shards of the latent [2].", rich_help_panel=_TPLA)
+    ] = None,
     transform: Annotated[
         str | None, typer.Option(help="pca, hadamard, random or none.", rich_help_panel=_TPLA)
     ] = None,
@@ -48,14 +61,17 @@ def command(
         Path | None, typer.Option(help="Text to calibrate on; smollm2-135m has one by default.")
     ] = None,
     evaluation: Annotated[
-        Path | None, typer.Option(help="Text of the reported perplexities [the last tenth of the calibration text].")
+        Path | None,
+        typer.Option(help="Text of the reported perplexities [the last tenth of the calibration text]."),
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
     sample_length: Annotated[int, typer.Option(help="Tokens of a calibration sample.")] = 256,
     evaluation_tokens: Annotated[int, typer.Option(help="Tokens of the evaluation text.")] = 16384,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 [as the source].")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint at OUT.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing checkpoint at OUT.")
+    ] = False,
 ) -> None:
     """Convert the attention of a checkpoint; OUT is an ordinary transformers folder with conversion.json."""
     from undivided.cli._console import note, progress, table

@@ -28,12 +28,14 @@ _SHARDS = 2
 
 
 def command(
-    src: Annotated[str, typer.Argument(help="Checkpoint folder, smollm2-135m, or a name on the Hub.")] = "smollm2-135m",
+    src: Annotated[
+        str, typer.Argument(help="Checkpoint folder, smollm2-135m, or a name on the Hub.")
+    ] = "smollm2-135m",
     output: Annotated[Path, typer.Option(help="Folder of demo.json and demo.png.")] = Path("."),
     latent_dim: Annotated[int, typer.Option(help="Width of the latent; a power of two.")] = 256,
     rope_dim: Annotated[int, typer.Option(help="Dimensions that keep their rotary positions.")] = 32,
     calibration: Annotated[Path | None, typer.Option(help="Text to calibrate on, for another model.")] = None,
-    samples: Annotated[int, typer.Option(help="Calibration samples of 256 tokens.")] = 48,
+    samples: Annotated[int, typer.Option(help="Calibration samples of 256 tokens.")] = 32,
     evaluation_tokens: Annotated[int, typer.Option(help="Tokens of the evaluation text.")] = 4096,
 ) -> None:
     """Convert a small real model and draw its perplexity against its cache."""
@@ -46,7 +48,9 @@ def command(
     calibration_text, text = conversion_texts(src, calibration, None, say=note)
     source = open_checkpoint(src, progress=note)
     ids = calibration_ids(source, calibration_text, samples, 256)
-    with WorkFolder(output / "demo", {"source": source.fingerprint(), "ids": [samples, hash(calibration_text)]}) as work:
+    with WorkFolder(
+        output / "demo", {"source": source.fingerprint(), "ids": [samples, hash(calibration_text)]}
+    ) as work:
         demo = _Demo(source, ids, text, evaluation_tokens, work)
         result = demo.run(latent_dim, rope_dim)
     for name, continuation in demo.texts.items():
@@ -95,7 +99,7 @@ class _Demo:
         perplexity["lossless"] = self.evaluate(convert_transmla(original, None, rank="full")[0])
 
         note(f"MLA with {latent_dim} latent and {rope_dim} rotary dimensions")
-        sizes = {"rope_dim": rope_dim, "latent_dim": latent_dim}
+        sizes: dict[str, Any] = {"rope_dim": rope_dim, "latent_dim": latent_dim}
         mla, report = convert_transmla(original, self.ids, **sizes, **shared)
         perplexity |= {stage: report.perplexity[stage] for stage in ("partial_rope", "mla")}
         self._known[mla] = perplexity["mla"]
@@ -112,7 +116,9 @@ class _Demo:
         chosen = tpla["pca"]
 
         note("decoding the second half of a block through the cache")
-        decoded = {name: self.decode(m) for name, m in {"original": original, "mla": mla, "tpla": chosen}.items()}
+        decoded = {
+            name: self.decode(m) for name, m in {"original": original, "mla": mla, "tpla": chosen}.items()
+        }
         for layer in chosen.attention_layers():
             layer.prefill = "exact"
         decoded["separated"] = perplexity["separated"] = self.decode(chosen)
@@ -121,7 +127,7 @@ class _Demo:
 
         note("the same model with smaller latents, for the figure")
         curve = []
-        for width in (latent_dim * 3 // 4, latent_dim // 2, latent_dim // 4):
+        for width in (latent_dim // 2, latent_dim // 4):
             options = {**sizes, "latent_dim": width, "freqfold": report.options["freqfold"]}
             smaller, _ = convert_transmla(original, self.ids, **options, work=self.work)
             curve.append([cache_bytes_per_token(smaller), self.evaluate(smaller)])
@@ -150,7 +156,9 @@ class _Demo:
         from undivided.models.evaluation import decode_perplexity
 
         limit = self._decoded_tokens
-        return decode_perplexity(model, self.source.tokenizer, self.text, max_tokens=limit, step=64).perplexity
+        return decode_perplexity(
+            model, self.source.tokenizer, self.text, max_tokens=limit, step=64
+        ).perplexity
 
     def speak(self, name: str, model: Any) -> float:
         """Continues the first prompt and returns the tokens a second."""
@@ -183,7 +191,9 @@ def _points(result: dict[str, Any]) -> list[_Point]:
 
 
 def _rows(result: dict[str, Any]) -> list[list[str | None]]:
-    decoded, agreement, speed = (result[key] for key in ("decode_perplexity", "agreement", "tokens_per_second"))
+    decoded, agreement, speed = (
+        result[key] for key in ("decode_perplexity", "agreement", "tokens_per_second")
+    )
     keys = {"original": "original", "MLA": "mla", "TPLA, pca": "tpla"}
     rows: list[list[str | None]] = []
     for point in _points(result):
@@ -195,7 +205,9 @@ def _rows(result: dict[str, Any]) -> list[list[str | None]]:
             f"{speed[key]:.1f}" if key in speed else None,
         ])  # fmt: skip
     size = result["cache_bytes_per_token_per_rank"]["tpla"]
-    rows.append(["TPLA, pca, prompt read exactly", f"{size:,.0f}", None, f"{decoded['separated']:.3f}", None, None])
+    rows.append(
+        ["TPLA, pca, prompt read exactly", f"{size:,.0f}", None, f"{decoded['separated']:.3f}", None, None]
+    )
     return rows
 
 
@@ -210,11 +222,20 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes = figure.subplots()
     mla = next(point for point in points if point.label == "MLA")
     curve = sorted([*map(tuple, result["curve"]), (mla.size, mla.perplexity)])
-    axes.plot(*zip(*curve, strict=True), color="0.6", marker=".", linewidth=1, label="MLA, smaller latents", zorder=1)
+    axes.plot(
+        *zip(*curve, strict=True),
+        color="0.6",
+        marker=".",
+        linewidth=1,
+        label="MLA, smaller latents",
+        zorder=1,
+    )
     for point in points:
         if point.label in ("MLA, lossless", "MLA, reparameterised"):
             continue
-        axes.scatter(point.size, point.perplexity, s=44, zorder=2, label=f"{point.label}: {point.perplexity:.2f}")
+        axes.scatter(
+            point.size, point.perplexity, s=44, zorder=2, label=f"{point.label}: {point.perplexity:.2f}"
+        )
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_minor_formatter("{x:.0f}")

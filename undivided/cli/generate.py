@@ -14,16 +14,25 @@ if TYPE_CHECKING:
 
 
 def command(
-    src: Annotated[str, typer.Argument(help="Checkpoint folder, smollm2-135m, or a name on the Hub (org/name).")],
+    src: Annotated[
+        str, typer.Argument(help="Checkpoint folder, smollm2-135m, or a name on the Hub (org/name).")
+    ],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="Longest continuation, in tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 takes the most probable token; above, samples.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the most probable token; above, samples.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 [as the checkpoint].")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16 [as the checkpoint].")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda [cuda where there is one].")] = None,
     shard_mlp: Annotated[
-        bool, typer.Option("--shard-mlp", help="Over ranks: split the MLPs too, for one more all-reduce a layer.")
+        bool,
+        typer.Option("--shard-mlp", help="Over ranks: split the MLPs too, for one more all-reduce a layer."),
     ] = False,
 ) -> None:
     """Generate text with a checkpoint; on stdout the continuation alone.

@@ -79,7 +79,9 @@ def principal_axes(moment: torch.Tensor, damping: float = 0.01) -> tuple[torch.T
     moment are well defined; the eigenvalues returned are those of the moment itself.
     """
     moment = moment.double()
-    damped = moment + damping * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    damped = moment + damping * moment.diagonal().mean() * torch.eye(
+        len(moment), dtype=moment.dtype, device=moment.device
+    )
     _, vectors = torch.linalg.eigh(damped)
     vectors = vectors.flip(-1)
     values = torch.einsum("ik,ij,jk->k", vectors, moment, vectors)

@@ -87,7 +87,9 @@ def convert_checkpoint(
     input_ids = calibration_ids(source, texts[0], samples, sample_length)
     both = provenance(source, to, {}, calibration="\n".join(texts))["calibration_sha256"]
 
-    with WorkFolder(out, {"source": source.fingerprint(), "texts": both, "ids": list(input_ids.shape)}) as work:
+    with WorkFolder(
+        out, {"source": source.fingerprint(), "texts": both, "ids": list(input_ids.shape)}
+    ) as work:
         reports = []
         model = source.model
         arguments: dict[str, Any] = {
@@ -112,7 +114,8 @@ def convert_checkpoint(
         cache = {"original": cache_bytes_per_token(source.model)}
         written = {
             **asdict(reports[-1]),
-            "cache_bytes_per_token_per_rank": cache | {r.method: r.cache_bytes_per_token_per_rank for r in reports},
+            "cache_bytes_per_token_per_rank": cache
+            | {r.method: r.cache_bytes_per_token_per_rank for r in reports},
             "seconds": sum(report.seconds for report in reports),
             "perplexity": {stage: value for report in reports for stage, value in report.perplexity.items()},
             "approximations": [line for report in reports for line in report.approximations],
@@ -138,7 +141,9 @@ def conversion_texts(
     """
     if calibration is None:
         if src != DEMO_MODEL:
-            raise ValueError(f"calibration is missing; only {DEMO_MODEL} has a text by default. Give a text file.")
+            raise ValueError(
+                f"calibration is missing; only {DEMO_MODEL} has a text by default. Give a text file."
+            )
         texts = demo_texts(cache_dir, progress=say)
         # The demo's held-out speeches, one after the other; `evaluation` still takes precedence.
         held_out = "\n\n".join(texts.heldout.values())
@@ -160,9 +165,15 @@ def calibration_ids(source: Checkpoint, text: str, samples: int, sample_length: 
 
     from undivided.data.text import token_blocks
 
-    blocks = [block[0] for block in token_blocks(source.tokenizer, text, sample_length) if block.shape[1] == sample_length]
+    blocks = [
+        block[0]
+        for block in token_blocks(source.tokenizer, text, sample_length)
+        if block.shape[1] == sample_length
+    ]
     if not blocks:
-        raise ValueError(f"calibration has fewer than sample_length={sample_length} tokens; give a longer text.")
+        raise ValueError(
+            f"calibration has fewer than sample_length={sample_length} tokens; give a longer text."
+        )
     step = max(len(blocks) // samples, 1)
     return torch.stack(blocks[::step][:samples])
 
@@ -171,6 +182,7 @@ def perplexity_of(
     source: Checkpoint, text: str, tokens: int, progress: Progress = no_progress
 ) -> Callable[[Any], float]:
     """Returns a function that measures a model's perplexity on the first `tokens` tokens of `text`."""
+
     def evaluate(model: Any) -> float:
         return perplexity(model, source.tokenizer, text, max_tokens=tokens).perplexity
 

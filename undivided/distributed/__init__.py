@@ -7,4 +7,11 @@ from undivided.distributed.collectives import Collectives
 from undivided.distributed.layout import Layout
 from undivided.distributed.loading import load_distributed, open_distributed, rank_layouts
 
-__all__ = ["Collectives", "Layout", "RankLatentAttention", "load_distributed", "open_distributed", "rank_layouts"]
+__all__ = [
+    "Collectives",
+    "Layout",
+    "RankLatentAttention",
+    "load_distributed",
+    "open_distributed",
+    "rank_layouts",
+]

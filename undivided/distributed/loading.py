@@ -35,7 +35,9 @@ class RankMLP(nn.Module):
         super().__init__()
         width = mlp.down_proj.in_features
         if width % world_size:
-            raise ValueError(f"world_size={world_size} does not divide the MLP's width {width}; leave shard_mlp off.")
+            raise ValueError(
+                f"world_size={world_size} does not divide the MLP's width {width}; leave shard_mlp off."
+            )
         self.rows = slice(rank * (width // world_size), (rank + 1) * (width // world_size))
         self.mlp = mlp
         self.collectives = collectives
@@ -72,7 +74,9 @@ def open_distributed(
 
     path = Path(path)
     if not path.is_dir():
-        raise ValueError(f"{path} is not a folder; over ranks only a converted checkpoint folder can be loaded.")
+        raise ValueError(
+            f"{path} is not a folder; over ranks only a converted checkpoint folder can be loaded."
+        )
     check_folder(path)
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     if config.model_type != MODEL_TYPE:
@@ -124,7 +128,9 @@ def load_distributed(
             layer.self_attn = part
             if shard_mlp:
                 if not hasattr(layer.mlp, "down_proj"):
-                    raise ValueError(f"shard_mlp=True, but the MLP of layer {index} is a {type(layer.mlp).__name__}.")
+                    raise ValueError(
+                        f"shard_mlp=True, but the MLP of layer {index} is a {type(layer.mlp).__name__}."
+                    )
                 mlp = RankMLP(layer.mlp, layout.rank, layout.world_size, collectives)
                 slices |= {f"{prefix}.mlp.{k}": v for k, v in mlp.slices().items()}
                 layer.mlp = mlp
@@ -142,10 +148,12 @@ def rank_layouts(config: UndividedConfig, rank: int, world_size: int) -> list[La
             not fit.
     """
     layouts = []
-    for index, entry in enumerate(config.attention):
+    for index, entry in enumerate(config.attention or []):
         if entry is None:
-            raise ValueError(f"layer {index} has its native attention, which is not spread over ranks; convert it first.")
-        layouts.append(Layout.of_entry(entry, config.base_config.num_attention_heads, rank, world_size))
+            raise ValueError(
+                f"layer {index} has its native attention, which is not spread over ranks; convert it first."
+            )
+        layouts.append(Layout.of_entry(entry, config.get_text_config().num_attention_heads, rank, world_size))
     if len({layout.num_shards for layout in layouts}) > 1:
         raise ValueError("the layers differ in their number of shards; ranks can hold only one grid.")
     return layouts
@@ -167,7 +175,9 @@ def _read_parts(
     model.tie_weights()
     still_missing = [name for name in missing if model.get_parameter(name).is_meta] if missing else []
     if still_missing:
-        raise ValueError(f"{path} lacks {', '.join(still_missing[:3])}{' and more' if len(still_missing) > 3 else ''}.")
+        raise ValueError(
+            f"{path} lacks {', '.join(still_missing[:3])}{' and more' if len(still_missing) > 3 else ''}."
+        )
 
 
 def _stored_name(name: str) -> str:

@@ -35,7 +35,7 @@ class CausalAttention(nn.Module):
         """Returns the constructor arguments that a config may set for this mechanism."""
         names: list[str] = []
         for owner in cls.__mro__:
-            parameters = inspect.signature(owner.__init__).parameters.values()
+            parameters = inspect.signature(owner).parameters.values()
             named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
             names += [name for name in named if name not in (*names, *_SET_BY_HOST)]
             if all(p.kind is not p.VAR_KEYWORD for p in parameters):
@@ -52,12 +52,16 @@ class CausalAttention(nn.Module):
         known = cls.option_names()
         for name in options:
             if name not in known:
-                raise ValueError(f'mechanism "{cls.mechanism}" has no option {name!r}; it has {", ".join(known)}.')
+                raise ValueError(
+                    f'mechanism "{cls.mechanism}" has no option {name!r}; it has {", ".join(known)}.'
+                )
         arguments = base_dimensions(config) | cls.native_dimensions(config) | options
         required = [
             p.name
             for p in inspect.signature(cls.__init__).parameters.values()
-            if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"
+            if p.default is p.empty
+            and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+            and p.name != "self"
         ]
         missing = [name for name in required if name not in arguments]
         if missing:

@@ -42,7 +42,9 @@ class GLAttention(LatentAttention):
         num_latent_heads: int = 2,
         **latent: Any,
     ) -> None:
-        super().__init__(hidden_size, num_attention_heads, latent_dim, rope_dim, nope_dim, value_dim, **latent)
+        super().__init__(
+            hidden_size, num_attention_heads, latent_dim, rope_dim, nope_dim, value_dim, **latent
+        )
         for name, total in (("latent_dim", latent_dim), ("num_attention_heads", num_attention_heads)):
             if num_latent_heads < 1 or total % num_latent_heads:
                 raise ValueError(f"num_latent_heads={num_latent_heads} does not divide {name}={total}.")

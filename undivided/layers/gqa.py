@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -94,7 +94,10 @@ class GQAttention(CausalAttention):
             key, value = past_key_values.update(key, value, self.layer_idx)
             key, value = filled_keys(attention_mask, past_key_values, self.layer_idx, key, value)
         mask = additive_or_boolean(attention_mask, key.shape[2])
-        out = dense_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale, softcap=self.softcap
+        out = cast(
+            torch.Tensor,
+            dense_attention(
+                query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale, softcap=self.softcap
+            ),
         )
         return self.o_proj(out.transpose(1, 2).flatten(2)), None

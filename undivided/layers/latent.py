@@ -1,4 +1,4 @@
-"""What the latent mechanisms share: projections with DeepSeek's names, and attention over latent heads in both forms."""
+"""What the latent mechanisms share: projections named as in DeepSeek's checkpoints, attention over latent heads."""
 
 from __future__ import annotations
 
@@ -126,7 +126,9 @@ class LatentAttention(CausalAttention):
             self.q_proj = nn.Linear(hidden_size, query_dim, bias=query_bias)
         else:
             self.q_a_proj = nn.Linear(hidden_size, query_latent_dim, bias=query_bias)
-            self.q_a_layernorm = LatentNorm(query_latent_dim, norm_eps) if query_latent_norm else nn.Identity()
+            self.q_a_layernorm = (
+                LatentNorm(query_latent_dim, norm_eps) if query_latent_norm else nn.Identity()
+            )
             self.q_b_proj = nn.Linear(query_latent_dim, query_dim, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden_size, latent_dim + rope_dim, bias=key_value_bias)
         self.kv_a_layernorm = LatentNorm(latent_dim, norm_eps) if latent_norm else nn.Identity()
@@ -204,7 +206,9 @@ class LatentAttention(CausalAttention):
         check_arguments(self.mechanism, **kwargs)
         exact = self.is_exact(hidden_states.shape[1], past_key_values)
         query_nope, query_rope = self.queries(hidden_states).split([self.nope_dim, self.rope_dim], dim=-1)
-        latent, rope_key = self.kv_a_proj_with_mqa(hidden_states).split([self.latent_dim, self.rope_dim], dim=-1)
+        latent, rope_key = self.kv_a_proj_with_mqa(hidden_states).split(
+            [self.latent_dim, self.rope_dim], dim=-1
+        )
         latent = self.normalise(latent, exact)[:, None]
         query_rope = self.rotate(query_rope, position_embeddings)
         rope_key = self.rotate(rope_key[:, None], position_embeddings)
@@ -273,7 +277,14 @@ def grouped_latent_attention(
     key = torch.cat([key_nope, rope_key.expand(-1, key_nope.shape[1], -1, -1)], dim=-1)
     query = torch.cat([query_nope, query_rope], dim=-1)
     return dense_attention(
-        query, key, value, attn_mask=attention_mask, is_causal=causal, scale=scale, softcap=softcap, backend=backend
+        query,
+        key,
+        value,
+        attn_mask=attention_mask,
+        is_causal=causal,
+        scale=scale,
+        softcap=softcap,
+        backend=backend,
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 
-PositionEmbeddings = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
+PositionEmbeddings: TypeAlias = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
 
 
 def rotary_tables(position_embeddings: PositionEmbeddings) -> tuple[torch.Tensor, torch.Tensor]:

@@ -52,7 +52,9 @@ class TPLAttention(LatentAttention):
         prefill: str = "sliced",
         **latent: Any,
     ) -> None:
-        super().__init__(hidden_size, num_attention_heads, latent_dim, rope_dim, nope_dim, value_dim, **latent)
+        super().__init__(
+            hidden_size, num_attention_heads, latent_dim, rope_dim, nope_dim, value_dim, **latent
+        )
         check_shards(num_shards, latent_dim)
         for name, value, allowed in (
             ("norm", norm, ("local", "exact")),

@@ -37,7 +37,7 @@ class UndividedForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.native = AutoModelForCausalLM.from_config(config.base_config)
         self._no_split_modules = list(self.native._no_split_modules or [])
-        for layer_idx, entry in enumerate(config.attention):
+        for layer_idx, entry in enumerate(config.attention or []):
             if entry is not None:
                 self._exchange(layer_idx, entry)
         self.post_init()

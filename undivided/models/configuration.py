@@ -44,7 +44,7 @@ class UndividedConfig(PreTrainedConfig):
             else:
                 check_supported(PreTrainedConfig(model_type=model_type))
         check_supported(self.base_config)
-        num_layers = self.base_config.num_hidden_layers
+        num_layers = self.get_text_config().num_hidden_layers
         if self.attention is None:
             self.attention = [None] * num_layers
         if len(self.attention) != num_layers:

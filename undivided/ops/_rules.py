@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 
-def causal_mask(num_queries: int, num_keys: int, device: torch.device, window: int | None = None) -> torch.Tensor:
+def causal_mask(
+    num_queries: int, num_keys: int, device: torch.device, window: int | None = None
+) -> torch.Tensor:
     """Returns the boolean `[num_queries, num_keys]` mask, True where query n sees key m.
 
     The triangle is aligned bottom right: the last query sees the last key, as it must with a cache. With `window`
@@ -56,9 +58,13 @@ def check_floating(**tensors: torch.Tensor | None) -> None:
         if not tensor.is_floating_point():
             raise TypeError(f"{name} has dtype {tensor.dtype}; attention needs a floating-point dtype.")
         if tensor.dtype != first.dtype:
-            raise TypeError(f"{name} has dtype {tensor.dtype}, but {first_name} has {first.dtype}; use one dtype.")
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype}, but {first_name} has {first.dtype}; use one dtype."
+            )
         if tensor.device != first.device:
-            raise ValueError(f"{name} is on {tensor.device}, but {first_name} is on {first.device}; use one device.")
+            raise ValueError(
+                f"{name} is on {tensor.device}, but {first_name} is on {first.device}; use one device."
+            )
 
 
 def check_rank(rank: int, layout: str, **tensors: torch.Tensor | None) -> None:
@@ -68,12 +74,16 @@ def check_rank(rank: int, layout: str, **tensors: torch.Tensor | None) -> None:
             raise ValueError(f"{name} has shape {list(tensor.shape)}; it needs {rank} axes, {layout}.")
 
 
-def check_mask(attn_mask: torch.Tensor | None, batch: int, heads: int, num_queries: int, num_keys: int) -> None:
+def check_mask(
+    attn_mask: torch.Tensor | None, batch: int, heads: int, num_queries: int, num_keys: int
+) -> None:
     """Raises unless `attn_mask` is boolean or floating and broadcasts to `[batch, heads, queries, keys]`."""
     if attn_mask is None:
         return
     if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
-        raise TypeError(f"attn_mask has dtype {attn_mask.dtype}; use bool (True = seen) or a floating-point bias.")
+        raise TypeError(
+            f"attn_mask has dtype {attn_mask.dtype}; use bool (True = seen) or a floating-point bias."
+        )
     target = (batch, heads, num_queries, num_keys)
     shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
     if len(shape) != 4 or any(size not in (1, want) for size, want in zip(shape, target, strict=True)):

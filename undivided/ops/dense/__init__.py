@@ -71,7 +71,9 @@ def dense_attention(
         raise ValueError(f"key has {key_heads} heads, which does not divide the {heads} heads of query.")
     _rules.check_mask(attn_mask, batch, heads, num_queries, num_keys)
     if window is not None and (window < 1 or not is_causal):
-        raise ValueError(f"window={window} with is_causal={is_causal}; a window is at least 1 and needs is_causal=True.")
+        raise ValueError(
+            f"window={window} with is_causal={is_causal}; a window is at least 1 and needs is_causal=True."
+        )
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap={softcap} must be positive; leave it None for no cap.")
     arguments = {

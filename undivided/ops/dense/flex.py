@@ -60,7 +60,12 @@ def attend(query, key, value, attn_mask, is_causal, window, scale, softcap, retu
     if is_causal or (bias is not None and not is_bias):
         per_head = bias is not None and not is_bias
         mask = create_block_mask(
-            seen, batch if per_head else None, heads if per_head else None, num_queries, num_keys, query.device
+            seen,
+            batch if per_head else None,
+            heads if per_head else None,
+            num_queries,
+            num_keys,
+            query.device,
         )
     out = _compiled()(
         query,

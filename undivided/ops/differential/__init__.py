@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 
 from undivided.ops import _rules
 from undivided.ops._backends import Backend, select
+from undivided.ops._triton import availability, capability, hopper_availability, interprets
 from undivided.ops.differential import autograd, composed, reference
 
 
@@ -38,13 +37,16 @@ def _kernel_reasons(
 
 def _triton_reasons(**arguments) -> list[str]:
     query, value = arguments["query"], arguments["value"]
+    found = availability()
+    if found:
+        return found
     found = _kernel_reasons(**arguments)
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         found.append(f"query is {str(query.dtype).removeprefix('torch.')}")
     for name, tensor in (("query", query), ("value", value)):
         if tensor.shape[3] > 256:
             found.append(f"the last axis of {name} is {tensor.shape[3]} (at most 256)")
-    if query.device.type != "cuda" and not _interprets():
+    if query.device.type != "cuda" and not interprets():
         found.append(f"query is on {query.device.type}")
     elif query.device.type != "cuda" and query.dtype == torch.bfloat16:
         found.append("query is bfloat16 (Triton's interpreter multiplies it wrongly)")
@@ -53,6 +55,9 @@ def _triton_reasons(**arguments) -> list[str]:
 
 def _gluon_reasons(**arguments) -> list[str]:
     query, noise_query, value = (arguments[name] for name in ("query", "noise_query", "value"))
+    found = availability()
+    if found:
+        return found
     found = _kernel_reasons(**arguments)
     if query.dtype not in (torch.float16, torch.bfloat16):
         found.append(f"query is {str(query.dtype).removeprefix('torch.')} (needs a type of 16 bits)")
@@ -68,38 +73,14 @@ def _gluon_reasons(**arguments) -> list[str]:
         found.append('query has few rows, for which keys are split (backend "triton" does)')
     if query.device.type != "cuda":
         found.append(f"query is on {query.device.type}")
-    elif not _is_hopper(query.device.index):
+    elif capability(query.device.index) != (9, 0):
         found.append("the device is not of compute capability 9.0")
     return found
 
 
-# Neither changes within a process, and torch.compile could not look into them.
-@torch.compiler.assume_constant_result
-def _interprets() -> bool:
-    try:
-        import triton
-    except ImportError:
-        return False
-    return bool(triton.knobs.runtime.interpret)
-
-
-@torch.compiler.assume_constant_result
-@cache
-def _is_hopper(index: int | None) -> bool:
-    return torch.cuda.get_device_capability(index) == (9, 0)
-
-
-def _triton_availability() -> list[str]:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return ["triton is not installed"]
-    return []
-
-
 BACKENDS = (
-    Backend("gluon", _gluon, _gluon_reasons, _triton_availability, automatic=("cuda",)),
-    Backend("triton", _triton, _triton_reasons, _triton_availability, automatic=("cuda",)),
+    Backend("gluon", _gluon, _gluon_reasons, hopper_availability, automatic=("cuda",)),
+    Backend("triton", _triton, _triton_reasons, availability, automatic=("cuda",)),
     Backend("sdpa", composed.attend_sdpa, composed.sdpa_reasons),
     Backend("flex", composed.attend_flex, composed.flex_reasons, automatic=("cuda",)),
     Backend("reference", reference.attend, reference.reasons),

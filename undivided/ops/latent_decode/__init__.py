@@ -79,14 +79,20 @@ def latent_attention(
         missing, given = ("query_rope", "rope_key") if query_rope is None else ("rope_key", "query_rope")
         raise ValueError(f"{missing} is None, but {given} is given; give both, or neither.")
     if latent_scale is None:
-        _rules.check_floating(query_latent=query_latent, query_rope=query_rope, latent=latent, rope_key=rope_key)
+        _rules.check_floating(
+            query_latent=query_latent, query_rope=query_rope, latent=latent, rope_key=rope_key
+        )
     elif latent.dtype != torch.float8_e4m3fn:
-        raise TypeError(f"latent_scale is given, but latent has dtype {latent.dtype}; it is for float8_e4m3fn caches.")
+        raise TypeError(
+            f"latent_scale is given, but latent has dtype {latent.dtype}; it is for float8_e4m3fn caches."
+        )
     if latent.shape[3] != latent_dim:
         raise ValueError(f"latent has latent_dim {latent.shape[3]}, but query_latent has {latent_dim}.")
     if heads % latent_heads:
-        raise ValueError(f"latent has {latent_heads} heads, which does not divide the {heads} heads of query_latent.")
-    if query_rope is not None:
+        raise ValueError(
+            f"latent has {latent_heads} heads, which does not divide the {heads} heads of query_latent."
+        )
+    if query_rope is not None and rope_key is not None:
         if query_rope.shape[:3] != query_latent.shape[:3]:
             raise ValueError(
                 f"query_rope {list(query_rope.shape)} and query_latent {list(query_latent.shape)} must share "
@@ -94,19 +100,25 @@ def latent_attention(
             )
         expected = (latent.shape[0], 1, latent.shape[2], query_rope.shape[3])
         if tuple(rope_key.shape) != expected:
-            raise ValueError(f"rope_key has shape {list(rope_key.shape)}; with this latent and query_rope it is {list(expected)}.")
+            raise ValueError(
+                f"rope_key has shape {list(rope_key.shape)}; with this latent and query_rope it is {list(expected)}."
+            )
     if block_table is None:
         if latent.shape[0] != batch:
             raise ValueError(f"latent has batch {latent.shape[0]}, but query_latent has {batch}.")
         num_keys = latent.shape[2]
     else:
         if block_table.shape[:1] != (batch,) or block_table.dim() != 2:
-            raise ValueError(f"block_table has shape {list(block_table.shape)}; it needs [batch={batch}, max_pages].")
+            raise ValueError(
+                f"block_table has shape {list(block_table.shape)}; it needs [batch={batch}, max_pages]."
+            )
         num_keys = block_table.shape[1] * latent.shape[2]
     if cache_seqlens is not None and tuple(cache_seqlens.shape) != (batch,):
         raise ValueError(f"cache_seqlens has shape {list(cache_seqlens.shape)}; it needs [batch={batch}].")
     if latent_scale is not None and tuple(latent_scale.shape) != (latent.shape[0], latent.shape[2]):
-        raise ValueError(f"latent_scale has shape {list(latent_scale.shape)}; it needs {[latent.shape[0], latent.shape[2]]}.")
+        raise ValueError(
+            f"latent_scale has shape {list(latent_scale.shape)}; it needs {[latent.shape[0], latent.shape[2]]}."
+        )
     if num_splits is not None and num_splits < 1:
         raise ValueError(f"num_splits={num_splits} must be at least 1.")
     if softcap is not None and softcap <= 0:

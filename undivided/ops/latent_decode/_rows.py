@@ -11,7 +11,9 @@ def gather_pages(pages: torch.Tensor, block_table: torch.Tensor) -> torch.Tensor
     return rows.transpose(1, 2).flatten(2, 3)
 
 
-def visible(num_queries: int, num_keys: int, is_causal: bool, cache_seqlens: torch.Tensor | None, device: torch.device):
+def visible(
+    num_queries: int, num_keys: int, is_causal: bool, cache_seqlens: torch.Tensor | None, device: torch.device
+):
     """Returns the boolean mask `[batch or 1, 1, queries, keys]` of filled and past rows, or None if all are seen."""
     if cache_seqlens is None and (not is_causal or num_queries == 1):
         return None

@@ -28,7 +28,9 @@ def attend(
     query_latent, query_rope, latent, rope_key, scale, attn_mask, is_causal, cache_seqlens, softcap, block_table,
     latent_scale, num_splits, return_lse,
 ):  # fmt: skip
-    latent, rope_key = cache_rows(latent, rope_key, cache_seqlens, block_table, latent_scale, query_latent.dtype)
+    latent, rope_key = cache_rows(
+        latent, rope_key, cache_seqlens, block_table, latent_scale, query_latent.dtype
+    )
     heads, latent_heads = query_latent.shape[1], latent.shape[1]
     query, key = query_latent, latent
     if query_rope is not None:

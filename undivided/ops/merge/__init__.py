@@ -34,7 +34,9 @@ def merge_attention(
     Source: the online softmax, FlashAttention (arXiv 2205.14135), section 3.1.
     """
     if len(outs) == 0 or len(outs) != len(lses):
-        raise ValueError(f"outs has {len(outs)} parts and lses has {len(lses)}; give one lse a part, at least one part.")
+        raise ValueError(
+            f"outs has {len(outs)} parts and lses has {len(lses)}; give one lse a part, at least one part."
+        )
     for index, (out, lse) in enumerate(zip(outs, lses, strict=True)):
         if out.shape != outs[0].shape or lse.shape != out.shape[:-1]:
             raise ValueError(

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+
+from tests.cli.conversion import SIZES, prepare, run, start
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with a source, a text, and the source as TPLA."""
+    folder = prepare(tmp_path_factory.mktemp("generate"))
+    made = start(
+        "convert",
+        folder / "source",
+        folder / "tpla",
+        "--to",
+        "tpla",
+        "--calibration",
+        folder / "text.txt",
+        *SIZES,
+    )
+    assert made.returncode == 0, made.stderr
+    return folder
+
+
+def test_stdout_has_the_text_alone_and_it_is_repeatable(capsys, here):
+    arguments = ("generate", here / "source", "the cat", "--max-new-tokens", "12", "--device", "cpu")
+    status, first, noted = run(capsys, *arguments)
+    assert status == 0, noted
+    assert first.strip() and "loading" not in first
+    assert run(capsys, *arguments)[1] == first
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_write_what_one_process_writes(here, ranks):
+    arguments = ("generate", here / "tpla", "the cat", "--max-new-tokens", "12", "--device", "cpu")
+    alone = start(*arguments)
+    assert alone.returncode == 0, alone.stderr
+    together = start(*arguments, ranks=ranks)
+    assert together.returncode == 0, together.stderr
+    assert together.stdout == alone.stdout and alone.stdout.strip()
+
+
+def test_sampling_depends_on_the_seed_only(capsys, here):
+    arguments = ("generate", here / "source", "the cat", "--temperature", "1.5", "--device", "cpu")
+    texts = [run(capsys, *arguments, "--seed", seed)[1] for seed in ("1", "1", "2")]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_world_that_does_not_fit_says_which_would(here):
+    done = start("generate", here / "tpla", "the cat", "--device", "cpu", ranks=3)
+    assert done.returncode != 0
+    assert "world_size=3 does not fit num_shards=2 and num_attention_heads=4; 2, 4, 8 would" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("",), "PROMPT is empty"),
+        (("a", "--max-new-tokens", "0"), "--max-new-tokens 0 is too small"),
+        (("a", "--temperature", "-1"), "--temperature -1.0 is negative"),
+        (("a", "--shard-mlp"), "--shard-mlp needs several ranks"),
+    ],
+)
+def test_bad_options_are_one_sentence(capsys, here, options, text):
+    status, printed, noted = run(capsys, "generate", here / "source", *options, "--device", "cpu")
+    assert status == 2 and printed == "" and text in noted
