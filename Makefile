@@ -20,6 +20,7 @@ lint: .venv/.installed-dev
 
 docs: .venv/.installed
 	$(BIN)/undivided systems --write README.md
+	$(BIN)/undivided doctor --markdown > docs/support.md
 
 bench: .venv/.installed
 	$(BIN)/undivided reproduce --all

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,3 +58,12 @@ def test_missing_package_is_named(capsys, monkeypatch):
     monkeypatch.setattr(module, "version", version)
     assert ["timm", "not", "installed"] in [line.split() for line in doctor(capsys).splitlines()]
     assert json.loads(doctor(capsys, "--json"))["versions"]["timm"] is None
+
+
+def test_the_support_table_names_every_backend_and_the_docs_have_it(capsys):
+    table = doctor(capsys, "--markdown")
+    for op, backends in ops.OPS.items():
+        for backend in backends:
+            assert f"| `{op}` | {backend.name} | {', '.join(backend.automatic)} |" in table
+    written = Path(__file__).resolve().parents[2] / "docs" / "support.md"
+    assert written.read_text() == table, "run `make docs`"

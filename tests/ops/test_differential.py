@@ -10,7 +10,8 @@ from undivided.ops.differential import BACKENDS
 from undivided.testing import compare_op, poison_surroundings, poisoned_empty
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
-FUSED = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
+# Triton's interpreter multiplies bfloat16 wrongly.
+HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 SHAPES = {
     "small": dict(),
     "odd lengths": dict(queries=37, keys=37),
@@ -128,17 +129,21 @@ def test_sdpa_is_as_accurate_as_eager(shape, dtype):
 
 
 @every_shape
-@pytest.mark.parametrize("dtype", FUSED)
-def test_fused_kernels_are_as_accurate_as_eager(shape, dtype, device):
-    compare_op(call("triton"), call("reference"), call("reference"), inputs(**shape, device=device), dtype)
+def test_fused_kernels_are_as_accurate_as_eager(shape, device):
+    compare_op(call("triton"), call("reference"), call("reference"), inputs(**shape, device=device), HALF)
+
+
+@pytest.mark.parametrize("name", ["odd lengths", "one query"])
+def test_fused_kernels_in_float32(name, device):
+    x = inputs(**SHAPES[name], device=device)
+    compare_op(call("triton"), call("reference"), call("reference"), x, torch.float32)
 
 
 @every_shape
-@pytest.mark.parametrize("dtype", FUSED)
-def test_fused_kernels_without_gradients_are_as_accurate_as_eager(shape, dtype, device):
+def test_fused_kernels_without_gradients_are_as_accurate_as_eager(shape, device):
     x = inputs(**shape, device=device)
     with torch.no_grad():
-        compare_op(call("triton"), call("reference"), call("reference"), x, dtype, grad_inputs=())
+        compare_op(call("triton"), call("reference"), call("reference"), x, HALF, grad_inputs=())
 
 
 @pytest.mark.parametrize("norm", [True, False])
@@ -263,7 +268,6 @@ def test_compiles_into_one_graph(backend, device):
 
 
 COMPILES = """
-import sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -281,18 +285,17 @@ run = JITFunction.run
 def compile_only(self, *args, grid, warmup, **options):
     kernel = run(self, *args, grid=grid, warmup=True, **options)
     kernel.asm["cubin"]
-    print(self.fn.__name__, kernel.metadata.shared, kernel.metadata.num_warps, flush=True)
+    print(self.fn.__name__, kernel.metadata.shared, flush=True)
 
 JITFunction.run = compile_only
 from undivided.ops.differential import backward, decode, triton as forward
 
-dtype = getattr(torch, sys.argv[1])
+dtype = torch.bfloat16
 query, noise_query = torch.empty(1, 32, 512, 128, dtype=dtype), torch.empty(1, 8, 512, 128, dtype=dtype)
 keys, value = torch.empty(1, 8, 512, 256, dtype=dtype), torch.empty(1, 8, 512, 256, dtype=dtype)
 inputs = (query, noise_query, keys[..., :128], keys[..., 128:], value)
 lam, weight = torch.ones(()).expand(1, 32, 512), torch.ones(256, dtype=dtype)
 out, mixed, noise_out, lse, noise_lse = forward.forward(*inputs, lam, weight, 1e-5, 0.8, True, 0.1, with_mixed=True)
-forward.infer(*inputs, lam, weight, 1e-5, 0.8, True, 0.1)
 first = [tensor[:, :, :1] for tensor in (query, noise_query)]
 decode.attend(*first, *inputs[2:], lam[..., :1], weight, 1e-5, 0.8, True, 0.1, num_splits=4)
 back = forward.mix_backward(out, mixed, noise_out, lam, weight, 1e-5, 0.8)
@@ -300,14 +303,28 @@ backward.backward(*back[:4], *inputs, lse, noise_lse, True, 0.1)
 """
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_every_kernel_compiles_for_hopper_and_fits_its_shared_memory(dtype, run_python):
-    lines = [line.split() for line in run_python(COMPILES, dtype).stdout.splitlines()]
-    assert {name for name, *_ in lines} == {
+def test_every_kernel_compiles_for_hopper_and_fits_its_shared_memory(run_python):
+    lines = [line.split() for line in run_python(COMPILES).stdout.splitlines()]
+    assert {name for name, _ in lines} == {
         "_forward_kernel", "_attend_kernel", "_mix_kernel", "_mix_backward_kernel", "_query_kernel", "_key_kernel"
     }  # fmt: skip
-    for name, shared, _ in lines:
+    for name, shared in lines:
         assert int(shared) <= 227 * 1024, name
+
+
+def test_tilings_fit_smaller_devices():
+    from undivided.ops.differential.backward import key_tiling, query_tiling
+    from undivided.ops.differential.triton import forward_tiling
+
+    for choose in (forward_tiling, query_tiling, key_tiling):
+        for widths in ((64, 128), (128, 256), (256, 256)):
+            for element_size in (2, 4):
+                hopper = choose(*widths, element_size, 227 * 1024)
+                small = choose(*widths, element_size, 99 * 1024)
+                kept = min(small.rows, small.keys) * sum(widths) * element_size
+                assert kept <= 99 * 1024
+                assert small.rows * small.keys <= hopper.rows * hopper.keys
+    assert forward_tiling(128, 256, 2, 227 * 1024).num_stages == 3
 
 
 def test_every_backend_but_the_reference_says_what_it_cannot_do():

@@ -431,7 +431,7 @@ CLAIM = Claim(
     paper=(
         "Moderate imbalance ratios of signal to noise heads improve generalization and stability over symmetric "
         "baselines, with minimal computational overhead (abstract; no figure is quoted there).",
-        "Counted from the definition: at 4:1 the maps and values of a layer are 1.6 times fewer operations than at 1:1.",
+        "Counted from the definition: at 4:1 the maps of a layer take 1.6 times fewer operations than at 1:1.",
         "Growth replicates the signal-focused heads alone (abstract).",
     ),
     gate=gate,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import platform
@@ -29,8 +30,14 @@ _PACKAGES = (
 
 def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the documentation's table of operators and backends.")
+    ] = False,
 ) -> None:
     """Report versions, devices, and for every operator which backends can run here, and why not."""
+    if markdown:
+        typer.echo(support_table())
+        return
     versions, devices, ops = _versions(), _devices(), _ops()
     if as_json:
         typer.echo(json.dumps({"versions": versions, "devices": devices, "ops": ops}, indent=2))
@@ -48,6 +55,27 @@ def command(
         for backend, reasons in backends.items()
     ]
     _console.table(["operator", "backend", "on this machine"], rows)
+
+
+def support_table() -> str:
+    """Returns the operators, their backends in the order of preference, and where "auto" chooses them."""
+    from undivided.ops import OPS
+
+    lines = [
+        "# Operators and backends",
+        "",
+        '`backend="auto"` takes the first that can run the inputs; an explicit one never becomes another. Why a backend',
+        "cannot run on your machine `undivided doctor` says; why it cannot run your inputs the error says.",
+        "",
+        '| operator | backend | chosen by "auto" on | what it is |',
+        "|---|---|---|---|",
+    ]
+    for op, backends in OPS.items():
+        for backend in backends:
+            module = importlib.import_module(backend.run.__module__)
+            what = (backend.run.__doc__ or module.__doc__ or "").strip().splitlines()[0].rstrip(".:")
+            lines.append(f"| `{op}` | {backend.name} | {', '.join(backend.automatic)} | {what} |")
+    return "\n".join(lines)
 
 
 def _versions() -> dict[str, str | None]:

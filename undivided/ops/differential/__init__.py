@@ -11,10 +11,12 @@ from undivided.ops.differential import autograd, composed, reference
 
 
 def _triton(**arguments):
+    """Fused kernels in Triton, forward, backward and decoding: both maps in one pass over the keys."""
     return autograd.attend("triton", **arguments)
 
 
 def _gluon(**arguments):
+    """The fused forward in Gluon, for Hopper."""
     return autograd.attend("gluon", **arguments)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-_INPUTS = "Tensor query, Tensor noise_query, Tensor key, Tensor noise_key, Tensor value, Tensor lam, Tensor? norm_weight"
+_HEADS = "Tensor query, Tensor noise_query, Tensor key, Tensor noise_key, Tensor value"
+_INPUTS = f"{_HEADS}, Tensor lam, Tensor? norm_weight"
 _OPTIONS = "float norm_eps, float out_scale, bool is_causal, float scale"
 # Which implementation runs the forward: "triton" or "gluon".
 _KERNEL = "str kernel"
@@ -103,20 +104,8 @@ def _inference_fake(query, noise_query, key, noise_key, value, *arguments):
 
 @torch.library.register_fake("undivided::differential_backward")
 def _backward_fake(
-    dout,
-    mixed,
-    noise_out,
-    lse,
-    noise_lse,
-    query,
-    noise_query,
-    key,
-    noise_key,
-    value,
-    lam,
-    norm_weight,
-    *arguments,
-):
+    dout, mixed, noise_out, lse, noise_lse, query, noise_query, key, noise_key, value, lam, norm_weight, *arguments,
+):  # fmt: skip
     gradients = tuple(x.new_empty(x.shape) for x in (query, noise_query, key, noise_key, value))
     dweight = mixed.new_empty(0) if norm_weight is None else norm_weight.new_empty(norm_weight.shape)
     return *gradients, lse.new_empty(lse.shape), dweight

@@ -11,7 +11,16 @@ import torch
 import triton
 import triton.language as tl
 
-from undivided.ops.differential.triton import LOG2E, Tiling, _block, _load_tile, _precision, _rows
+from undivided.ops.differential.triton import (
+    LOG2E,
+    Tiling,
+    _block,
+    _load_tile,
+    _precision,
+    _rows,
+    first_fitting,
+    shared_memory,
+)
 
 
 # One program: BLOCK_M queries of one head against all keys they see. In registers: the float32 gradient of the queries
@@ -193,36 +202,35 @@ def _store_tile(
     )
 
 
-def query_tiling(head_dim: int, value_dim: int, element_size: int) -> Tiling:
-    """Returns the tiling of the kernel for the queries' gradient."""
-    if element_size == 4:
-        return Tiling(16, 32, 8, 1)
-    return Tiling(128, 64, 8, 2) if head_dim <= 128 else Tiling(128, 32, 8, 2)
+# Measured on an H100 at head_dim 128 (the first), then smaller ones, as in the forward. `rows` are queries. For the
+# gradients of keys few queries meet many keys: what is loaded in the loop is the side of the queries.
+_QUERY = (Tiling(128, 64, 8, 2), Tiling(128, 32, 8, 2), Tiling(64, 32, 4, 1), Tiling(32, 16, 4, 1))
+_KEY = (Tiling(32, 128, 8, 2), Tiling(32, 64, 8, 2), Tiling(32, 32, 4, 1), Tiling(16, 16, 4, 1))
+_QUERY_FLOAT32 = (Tiling(16, 32, 8, 1), Tiling(16, 16, 4, 1))
+_KEY_FLOAT32 = (Tiling(16, 16, 8, 1),)
 
 
-def key_tiling(head_dim: int, value_dim: int, element_size: int) -> Tiling:
-    """Returns the tiling of the kernel for the gradients of keys and values; `rows` are queries."""
-    if element_size == 4:
-        return Tiling(16, 16, 8, 1)
-    # Few queries and many keys at a time: what is loaded in the loop is the queries' side.
-    return Tiling(32, 128, 8, 2)
+def query_tiling(head_dim: int, value_dim: int, element_size: int, shared_memory: int) -> Tiling:
+    """Returns the tiling of the kernel for the gradient of the queries; arguments as in `forward_tiling`."""
+    candidates = _QUERY if element_size == 2 else _QUERY_FLOAT32
+    width = head_dim + value_dim
+    return first_fitting(
+        candidates, lambda t: (t.rows + t.num_stages * t.keys) * width, shared_memory // element_size
+    )
+
+
+def key_tiling(head_dim: int, value_dim: int, element_size: int, shared_memory: int) -> Tiling:
+    """Returns the tiling of the kernel for the gradients of keys and values; arguments as in `forward_tiling`."""
+    candidates = _KEY if element_size == 2 else _KEY_FLOAT32
+    width = head_dim + value_dim
+    return first_fitting(
+        candidates, lambda t: (t.keys + t.num_stages * t.rows) * width, shared_memory // element_size
+    )
 
 
 def backward(
-    dsignal,
-    dnoise,
-    delta,
-    noise_delta,
-    query,
-    noise_query,
-    key,
-    noise_key,
-    value,
-    lse,
-    noise_lse,
-    is_causal,
-    scale,
-):
+    dsignal, dnoise, delta, noise_delta, query, noise_query, key, noise_key, value, lse, noise_lse, is_causal, scale,
+):  # fmt: skip
     """Returns the gradients of query, noise_query, key, noise_key and value."""
     batch, heads, num_queries, head_dim = query.shape
     key_heads, num_keys, value_dim = key.shape[1], key.shape[2], value.shape[3]
@@ -241,7 +249,8 @@ def backward(
         "IS_CAUSAL": is_causal,
         "PRECISION": _precision(query),
     }
-    tiling = query_tiling(head_dim, value_dim, query.element_size())
+    sizes = _block(head_dim), _block(value_dim), query.element_size(), shared_memory(query.device)
+    tiling = query_tiling(*sizes)
     for q, k, dout, sums, row_sums, dq in (
         (query, key, dsignal, lse, delta, dquery),
         (noise_query, noise_key, dnoise, noise_lse, noise_delta, dnoise_query),
@@ -254,7 +263,7 @@ def backward(
             BLOCK_M=tiling.rows, BLOCK_N=tiling.keys, num_warps=tiling.num_warps, num_stages=tiling.num_stages,
             **constants,
         )  # fmt: skip
-    tiling = key_tiling(head_dim, value_dim, query.element_size())
+    tiling = key_tiling(*sizes)
     _key_kernel[batch * value_heads, triton.cdiv(num_keys, tiling.keys)](
         query, key, dsignal, lse, delta, dkey, heads, key_heads,
         noise_query, noise_key, dnoise, noise_lse, noise_delta, dnoise_key, noise_heads,

@@ -147,7 +147,8 @@ def _mix_kernel(
 
 @triton.jit
 def _merge(
-    partial, partial_lse, row, num_splits, num_rows, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr
+    partial, partial_lse, row, num_splits, num_rows,
+    VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK_V)
     top = -1.0e30
@@ -172,19 +173,9 @@ def _merge(
 
 
 def attend(
-    query,
-    noise_query,
-    key,
-    noise_key,
-    value,
-    lam,
-    norm_weight,
-    norm_eps,
-    out_scale,
-    is_causal,
-    scale,
+    query, noise_query, key, noise_key, value, lam, norm_weight, norm_eps, out_scale, is_causal, scale,
     num_splits=None,
-):
+):  # fmt: skip
     """Returns the output; `num_splits` is into how many parts the keys are cut, chosen from the shapes by default."""
     query, noise_query, key, noise_key, value = map(_rows, (query, noise_query, key, noise_key, value))
     batch, heads, num_queries, head_dim = query.shape
@@ -212,7 +203,8 @@ def attend(
     _mix_kernel[num_queries, batch * heads](
         partial, partial_lse, lam, norm_weight, out,
         norm_eps, out_scale, num_queries, heads, noise_heads, heads // noise_heads, num_splits, num_rows,
-        *lam.stride(), VALUE_DIM=value_dim, BLOCK_V=_block(value_dim), BLOCK_S=min(32, triton.next_power_of_2(num_splits)),
+        *lam.stride(), VALUE_DIM=value_dim, BLOCK_V=_block(value_dim),
+        BLOCK_S=min(32, triton.next_power_of_2(num_splits)),
         HAS_NORM=norm_weight is not None, num_warps=4,
     )  # fmt: skip
     return out.transpose(1, 2)

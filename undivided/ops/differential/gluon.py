@@ -37,10 +37,10 @@ def _load(
     query_bytes: gl.constexpr = 2 * 2 * _ROWS * query_desc.block_shape[3]
     key_bytes: gl.constexpr = 2 * BLOCK_N * key_desc.block_shape[3]
     value_bytes: gl.constexpr = 2 * BLOCK_N * value_desc.block_shape[3]
-    mbarrier.expect(query_full, query_bytes)
+    mbarrier.expect(query_full.index(0), query_bytes)
     for i in gl.static_range(2):
         tma.async_copy_global_to_shared(
-            query_desc, [batch, head, first_row + i * _ROWS, 0], query_full, queries.index(i)
+            query_desc, [batch, head, first_row + i * _ROWS, 0], query_full.index(0), queries.index(i)
         )
     for i in range(num_blocks):
         stage = i % STAGES
@@ -58,11 +58,11 @@ def _load(
 
 
 @gluon.jit
-def _weigh(scores, top, limit, first_key, scale, MASKED: gl.constexpr):
+def _weigh(scores, top, limit, first_key, scale, BLOCK_N: gl.constexpr, MASKED: gl.constexpr):
     """Softmax of one block of scores: its weights, the new maxima, and the factor of what was summed before."""
     layout: gl.constexpr = scores.type.layout
     if MASKED:
-        key = first_key + gl.arange(0, scores.shape[1], gl.SliceLayout(0, layout))
+        key = first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
         scores = gl.where(key[None, :] < limit[:, None], scores, float("-inf"))
     new_top = gl.maximum(top, gl.max(scores, 1) * scale)
     weights = gl.exp2(scores * scale - new_top[:, None])
@@ -76,7 +76,7 @@ def _add_blocks(
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Blocks `first .. last - 1`: scores of a block are multiplied while the weights before them meet their values."""
-    scores_layout: gl.constexpr = top.type.layout.parent
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     head_dim: gl.constexpr = query.shape[3]
     value_dim: gl.constexpr = values.shape[4]
     for i in range(first, last):
@@ -93,7 +93,7 @@ def _add_blocks(
         accumulator = warpgroup_mma(operand, value, accumulator, is_async=True)
         scores = warpgroup_mma_wait(1, [scores])
         mbarrier.arrive(key_empty.index(stage))
-        weights, top, decay = _weigh(scores, top, limit, i * BLOCK_N, scale, MASKED)
+        weights, top, decay = _weigh(scores, top, limit, i * BLOCK_N, scale, BLOCK_N, MASKED)
         total = total * decay + gl.sum(weights, 1)
         weights = weights.to(operand.dtype)
         accumulator = warpgroup_mma_wait(0, [accumulator])
@@ -128,7 +128,7 @@ def _compute(
         common = gl.minimum(gl.maximum(first_row + num_keys - num_queries + 1, 0), num_keys)
         last = gl.minimum(gl.maximum(first_row + _ROWS + num_keys - num_queries, 1), num_keys)
 
-    mbarrier.wait(query_full, 0)
+    mbarrier.wait(query_full.index(0), 0)
     mbarrier.wait(key_full.index(0), 0)
     scores = gl.zeros([_ROWS, BLOCK_N], gl.float32, scores_layout)
     scores = warpgroup_mma(
@@ -142,7 +142,7 @@ def _compute(
     mbarrier.arrive(key_empty.index(0))
     # Finite, so that differences of maxima are never NaN; the exponential of -inf minus it is 0.
     top = gl.full([_ROWS], -1.0e30, gl.float32, gl.SliceLayout(1, scores_layout))
-    weights, top, decay = _weigh(scores, top, limit, 0, scale, True)
+    weights, top, decay = _weigh(scores, top, limit, 0, scale, BLOCK_N, True)
     total = gl.sum(weights, 1)
     operand = gl.convert_layout(weights.to(keys.dtype), operand_layout)
     accumulator = gl.zeros([_ROWS, value_dim], gl.float32, layout)
@@ -210,7 +210,7 @@ def _hopper_kernel(
     head = gl.program_id(0) % heads
     batch = gl.program_id(0) // heads
     # The longest rows first: what runs last is short.
-    first_row = (gl.num_programs(1) - 1 - gl.program_id(1)) * 2 * _ROWS
+    first_row = (gl.cdiv(num_queries, 2 * _ROWS) - 1 - gl.program_id(1)) * 2 * _ROWS
     last = num_keys
     if IS_CAUSAL:
         last = gl.minimum(gl.maximum(first_row + 2 * _ROWS + num_keys - num_queries, 1), num_keys)
@@ -220,12 +220,12 @@ def _hopper_kernel(
     queries = gl.allocate_shared_memory(dtype, [2] + query_desc.block_shape, query_desc.layout)
     keys = gl.allocate_shared_memory(dtype, [STAGES] + key_desc.block_shape, key_desc.layout)
     values = gl.allocate_shared_memory(dtype, [STAGES] + value_desc.block_shape, value_desc.layout)
-    query_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    query_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     key_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     value_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(query_full, count=1)
+    mbarrier.init(query_full.index(0), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(key_full.index(i), count=1)
         mbarrier.init(value_full.index(i), count=1)
@@ -264,19 +264,8 @@ def _hopper_kernel(
 
 
 def forward(
-    query,
-    noise_query,
-    key,
-    noise_key,
-    value,
-    lam,
-    norm_weight,
-    norm_eps,
-    out_scale,
-    is_causal,
-    scale,
-    with_mixed,
-):
+    query, noise_query, key, noise_key, value, lam, norm_weight, norm_eps, out_scale, is_causal, scale, with_mixed,
+):  # fmt: skip
     """Returns what `triton.forward` returns."""
     query, noise_query, key, noise_key, value = map(_aligned, (query, noise_query, key, noise_key, value))
     outputs = out, mixed, noise_out, lse, noise_lse = empty_outputs(query, noise_query, value, with_mixed)

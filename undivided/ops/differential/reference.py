@@ -1,4 +1,4 @@
-"""Differential attention as it is written: two softmax maps over the same values, subtracted. It defines what is correct."""
+"""Differential attention as it is written: two maps of the same values, subtracted. It defines what is correct."""
 
 from __future__ import annotations
 

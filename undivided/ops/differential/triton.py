@@ -8,6 +8,8 @@ Decoding, where loading the cache is all, does keep the group together: `decode.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -221,27 +223,46 @@ class Tiling:
     num_stages: int
 
 
-def forward_tiling(head_dim: int, value_dim: int, element_size: int) -> Tiling:
-    """Returns the tiling of the forward kernel for these widths."""
-    if element_size == 4:
-        return Tiling(32, 32, 8, 1)
-    return Tiling(128, 64, 4 if value_dim <= 64 else 8, 3 if head_dim + value_dim <= 384 else 2)
+# Measured on an H100 at head_dim 128 (the first), then smaller ones for wider heads and devices with less memory.
+_FORWARD = (Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(64, 32, 4, 2), Tiling(32, 32, 4, 1))
+# Without tensor cores a product is written out, and a large one takes minutes to compile.
+_FORWARD_FLOAT32 = (Tiling(32, 32, 8, 1), Tiling(16, 16, 4, 1))
+
+
+def forward_tiling(head_dim: int, value_dim: int, element_size: int, shared_memory: int) -> Tiling:
+    """Returns the tiling of the forward kernel: the first whose queries, and keys and values in flight, fit.
+
+    Args:
+        head_dim: width of a query.
+        value_dim: width of a value.
+        element_size: bytes of an element.
+        shared_memory: bytes a program may use.
+    """
+    candidates = _FORWARD if element_size == 2 else _FORWARD_FLOAT32
+    return first_fitting(
+        candidates,
+        lambda t: t.rows * head_dim + t.num_stages * t.keys * (head_dim + value_dim),
+        shared_memory // element_size,
+    )
+
+
+def first_fitting(candidates: tuple[Tiling, ...], elements: Callable[[Tiling], int], limit: int) -> Tiling:
+    """Returns the first tiling that keeps at most `limit` elements in shared memory, or the last, the smallest."""
+    return next((t for t in candidates if elements(t) <= limit), candidates[-1])
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Returns how many bytes of shared memory a program may use on a device."""
+    if device.type != "cuda":
+        return 227 * 1024
+    # What a kernel keeps beside its tiles.
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin - 1024
 
 
 def forward(
-    query,
-    noise_query,
-    key,
-    noise_key,
-    value,
-    lam,
-    norm_weight,
-    norm_eps,
-    out_scale,
-    is_causal,
-    scale,
-    with_mixed,
-):
+    query, noise_query, key, noise_key, value, lam, norm_weight, norm_eps, out_scale, is_causal, scale, with_mixed,
+):  # fmt: skip
     """Returns out, mixed, the noise heads' output, and the base-2 log-sums of both maps."""
     batch, heads, num_queries, head_dim = query.shape
     noise_heads, value_dim = noise_query.shape[1], value.shape[3]
@@ -249,7 +270,9 @@ def forward(
     out, mixed, noise_out, lse, noise_lse = empty_outputs(query, noise_query, value, with_mixed)
     if query.numel() == 0:
         return out, mixed, noise_out, lse, noise_lse
-    tiling = forward_tiling(head_dim, value_dim, query.element_size())
+    tiling = forward_tiling(
+        _block(head_dim), _block(value_dim), query.element_size(), shared_memory(query.device)
+    )
     for q, k, sums, is_noise in ((noise_query, noise_key, noise_lse, True), (query, key, lse, False)):
         _forward_kernel[batch * q.shape[1], triton.cdiv(num_queries, tiling.rows)](
             q, k, value, lam, norm_weight, noise_out, out, mixed, sums,
@@ -284,7 +307,7 @@ def empty_outputs(query, noise_query, value, with_mixed):
 
 
 def mix_backward(dout, mixed, noise_out, lam, norm_weight, norm_eps, out_scale):
-    """Returns the gradients of both maps' outputs, their row sums, and the gradients of lam and of the norm's weight."""
+    """Returns the gradients of both maps' outputs, their row sums, and those of lam and of the norm's weight."""
     batch, heads, num_queries, value_dim = dout.shape
     noise_heads = noise_out.shape[1]
     dout = _rows(dout)

@@ -51,10 +51,12 @@ def _attend(
 
 
 def attend_triton(*, attn_mask, **arguments):
+    """Split-key decode kernels in Triton, for every CUDA device; fp8 caches and soft caps."""
     return _attend(torch.ops.undivided.latent_decode, **arguments)
 
 
 def attend_gluon(*, attn_mask, **arguments):
+    """Split-key decode kernels in Gluon, for Hopper: a copy warp and two warpgroups that share the latent's tiles."""
     return _attend(torch.ops.undivided.latent_decode_hopper, **arguments)
 
 

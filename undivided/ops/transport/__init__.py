@@ -11,12 +11,14 @@ from undivided.ops.transport import reference
 
 
 def _column_triton(**arguments):
+    """Streaming kernels in Triton, forward and backward, without an N x M buffer."""
     from undivided.ops.transport import autograd
 
     return autograd.column(**arguments)
 
 
 def _sinkhorn_triton(**arguments):
+    """Streaming kernels in Triton: the sweeps too, forward and backward, without an N x M buffer."""
     from undivided.ops.transport import autograd
 
     return autograd.sinkhorn(**arguments)
