@@ -110,7 +110,7 @@ SYSTEMS: tuple[System, ...] = (
     System(
         2, "gda", "GDA", "Grouped Differential Attention", 2025, "2510.06949", "heads",
         "Subtracts a few noise heads from many signal heads; differential attention made cheaper.",
-        ("undivided.layers.gda", "undivided.convert.gda"),
+        ("undivided.layers.gda", "undivided.convert.gda_grow"), "partial", "paper",
     ),
     System(
         3, "dha", "DHA",
@@ -349,7 +349,7 @@ SYSTEMS: tuple[System, ...] = (
         "Geometric Attention: A Regime-Explicit Operator Semantics for Transformer Attention",
         2026, "2601.11618", "theory",
         "Describes any attention by four declarations, so that mechanisms can be compared exactly.",
-        ("undivided.spec",),
+        ("undivided.spec",), "partial", "paper",
     ),
     System(
         38, "paint", "PAINT",

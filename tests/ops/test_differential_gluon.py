@@ -20,6 +20,7 @@ SHAPES = {
     "several tiles": dict(queries=300, keys=300, batch=1),
     "a prompt behind a cache": dict(queries=70, keys=333, batch=1),
     "queries that see nothing": dict(queries=150, keys=40, batch=1),
+    "more blocks of keys than are kept": dict(queries=40, keys=1300, batch=1),
     "one query": dict(queries=1, keys=200),
     "symmetric": dict(heads=2, noise_heads=2, queries=129, keys=129, batch=1),
     "several signal keys a noise key": dict(heads=8, key_heads=4, queries=65, keys=65, batch=1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from dataclasses import dataclass
@@ -48,9 +49,8 @@ def command(
     calibration_text, text = conversion_texts(src, calibration, None, say=note)
     source = open_checkpoint(src, progress=note)
     ids = calibration_ids(source, calibration_text, samples, 256)
-    with WorkFolder(
-        output / "demo", {"source": source.fingerprint(), "ids": [samples, hash(calibration_text)]}
-    ) as work:
+    key = {"source": source.fingerprint(), "ids": hashlib.sha256(ids.numpy().tobytes()).hexdigest()}
+    with WorkFolder(output / "demo", key) as work:
         demo = _Demo(source, ids, text, evaluation_tokens, work)
         result = demo.run(latent_dim, rope_dim)
     for name, continuation in demo.texts.items():
