@@ -64,8 +64,8 @@ def support_table() -> str:
     lines = [
         "# Operators and backends",
         "",
-        '`backend="auto"` takes the first that can run the inputs; an explicit one never becomes another. Why a backend',
-        "cannot run on your machine `undivided doctor` says; why it cannot run your inputs the error says.",
+        '`backend="auto"` takes the first that can run the inputs; an explicit one never becomes another. Why a',
+        "backend cannot run on your machine `undivided doctor` says; why it cannot run your inputs the error says.",
         "",
         '| operator | backend | chosen by "auto" on | what it is |',
         "|---|---|---|---|",

@@ -1,6 +1,6 @@
 """Grouped-query attention written with one head of keys and values, and the rotation of its keys (RoRoPE).
 
-Source: TransMLA (arXiv 2502.07864), section 4.
+Source: TransMLA (arXiv 2502.07864).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def key_axes(
         `[G D, G D]`, orthogonal, float64; its columns are the new dimensions. The first `rope_dim` are the
         leading axes of all groups, interleaved as (real, imaginary), of frequencies 0, c, 2c, ...
 
-    Source: TransMLA (arXiv 2502.07864), section 4.
+    Source: TransMLA (arXiv 2502.07864).
     """
     stride = head_dim // rope_dim
     groups, within = head_dim // 2 // freqfold, freqfold // stride
@@ -130,7 +130,7 @@ def merged_layer(
     Returns:
         The layer; its output projection is shared with the source.
 
-    Source: TransMLA (arXiv 2502.07864), section 4.
+    Source: TransMLA (arXiv 2502.07864).
     """
     config, attention = source.config, source.get_decoder().layers[layer_idx].self_attn
     sizes = grouped_query_dimensions(config)

@@ -6,7 +6,7 @@ that make a shard stand for the whole: how much of the energy it holds (`energy_
 relate to the full ones (`fit_logit_scales`). `mla_to_gla` is the baseline that cuts the latent among the
 heads.
 
-Source: TPLA (arXiv 2508.15881), section 4.
+Source: TPLA (arXiv 2508.15881).
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def convert_tpla(
         ValueError: an option is unknown, the sizes do not fit, the calibration is missing, or a layer of the
             model has no MLA.
 
-    Source: TPLA (arXiv 2508.15881), section 4.
+    Source: TPLA (arXiv 2508.15881).
     """
     _check_options(
         transform=(transform, TRANSFORMS),
@@ -233,7 +233,7 @@ def reparameterise(
     Raises:
         ValueError: a layer of the model has no MLA, or a rotation is not of the size of its latent.
 
-    Source: TPLA (arXiv 2508.15881), section 4.2.
+    Source: TPLA (arXiv 2508.15881).
     """
     host = mla_host(model)
     layers = list(zip(host.attention_layers(), rotations, strict=True))
@@ -375,7 +375,7 @@ def mla_to_gla(model: PreTrainedModel, num_groups: int) -> UndividedForCausalLM:
     Raises:
         ValueError: a layer of the model has no MLA, or `num_groups` does not divide its sizes.
 
-    Source: TPLA (arXiv 2508.15881), section 4.1.
+    Source: TPLA (arXiv 2508.15881).
     """
     host = mla_host(model)
     for index, (layer, options) in enumerate(zip(host.attention_layers(), mla_options(host), strict=True)):

@@ -5,7 +5,7 @@ carry the positions (`key_axes`); keys are brought to the length of values (`bal
 are compressed together (`compress_latent`), and if wanted the queries (`compress_queries`). Every stage is a
 model to be evaluated.
 
-Source: TransMLA (arXiv 2502.07864), section 4.
+Source: TransMLA (arXiv 2502.07864).
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def convert_transmla(
             sizes, or the calibration is missing, empty or of a larger vocabulary.
         TypeError: the calibration does not hold token ids.
 
-    Source: TransMLA (arXiv 2502.07864), section 4.
+    Source: TransMLA (arXiv 2502.07864).
     """
     source = native_model(model)
     config, sizes = source.config, grouped_query_dimensions(source.config)
@@ -234,7 +234,7 @@ def balance_keys(layer: MLAttention, moment: Tensor, ratio: float = 1.0) -> Tens
     Returns:
         The second moment of the new latent.
 
-    Source: TransMLA (arXiv 2502.07864), section 4; the number as in the authors' code.
+    Source: TransMLA (arXiv 2502.07864); the number as in the authors' code.
     """
     # Values are as many as all keys, and the rotary ones are not in the latent.
     num_keys = (layer.latent_dim - layer.rope_dim) // 2
@@ -264,7 +264,7 @@ def compress_latent(layer: MLAttention, moment: Tensor, latent_dim: int) -> floa
     Returns:
         Their share of the latent's mean square.
 
-    Source: TransMLA (arXiv 2502.07864), section 4.
+    Source: TransMLA (arXiv 2502.07864).
     """
     vectors, values = principal_axes(moment)
     rotate_latent(layer, vectors)
@@ -286,7 +286,7 @@ def compress_queries(layer: MLAttention, moment: Tensor, query_latent_dim: int, 
     Returns:
         Their share of the queries' mean square.
 
-    Source: TransMLA (arXiv 2502.07864), section 4.
+    Source: TransMLA (arXiv 2502.07864).
     """
     rows = torch.arange(layer.q_proj.out_features).unflatten(0, (layer.num_heads, -1))
     rows = (rows[:, : layer.nope_dim] if layer.nope_dim else rows).flatten()

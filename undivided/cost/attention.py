@@ -297,7 +297,7 @@ def latent_grouped(shape: LatentShape, world_size: int, num_shards: int) -> Rank
         ValueError: if `num_shards` does not divide the latent or the heads, or neither of it and `world_size`
             divides the other.
 
-    Source: Hardware-Efficient Attention for Fast Decoding (arXiv 2505.21487), section 3.3.
+    Source: Hardware-Efficient Attention for Fast Decoding (arXiv 2505.21487).
     """
     _check_shards(shape, world_size, num_shards)
     _require_divides("num_shards", num_shards, "num_heads", shape.num_heads)
@@ -322,7 +322,7 @@ def latent_sharded(shape: LatentShape, world_size: int, num_shards: int) -> Rank
         ValueError: if `num_shards` does not divide the latent, or neither of it and `world_size` divides the
             other.
 
-    Source: TPLA (arXiv 2508.15881), section 4.
+    Source: TPLA (arXiv 2508.15881).
     """
     _check_shards(shape, world_size, num_shards)
     _heads_per_rank(shape.num_heads, world_size)

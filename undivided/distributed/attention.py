@@ -27,7 +27,7 @@ class RankLatentAttention(LatentAttention):
         layout: which part is this rank's.
         collectives: the sums over ranks.
 
-    Source: TPLA (arXiv 2508.15881), section 4.
+    Source: TPLA (arXiv 2508.15881).
     """
 
     mechanism = "rank"
@@ -148,7 +148,10 @@ class RankLatentAttention(LatentAttention):
             for dim in (self.nope_dim + self.rope_dim, self.nope_dim + self.value_dim, self.value_dim)
         )
         shard = slice(self.layout.shard, self.layout.shard + 1)
-        row: list[tuple[slice, ...]] = [(columns,), (slice(whole.latent_dim, whole.latent_dim + whole.rope_dim),)]
+        row: list[tuple[slice, ...]] = [
+            (columns,),
+            (slice(whole.latent_dim, whole.latent_dim + whole.rope_dim),),
+        ]
         return {
             "q_proj.weight": [(query,)],
             "q_proj.bias": [(query,)],

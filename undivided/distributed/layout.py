@@ -21,7 +21,7 @@ class Layout:
         num_heads: query heads of the layer.
         grouped: whether a shard has only its group's heads (GLA).
 
-    Source: TPLA (arXiv 2508.15881), section 4.1.
+    Source: TPLA (arXiv 2508.15881).
     """
 
     rank: int

@@ -25,7 +25,7 @@ class GLAttention(LatentAttention):
     Raises:
         ValueError: `num_latent_heads` does not divide `latent_dim` or `num_attention_heads`.
 
-    Source: Hardware-Efficient Attention for Fast Decoding (arXiv 2505.21487), section 3.3.
+    Source: Hardware-Efficient Attention for Fast Decoding (arXiv 2505.21487).
     """
 
     mechanism = "gla"

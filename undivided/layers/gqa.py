@@ -97,7 +97,13 @@ class GQAttention(CausalAttention):
         out = cast(
             torch.Tensor,
             dense_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale, softcap=self.softcap
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=self.scale,
+                softcap=self.softcap,
             ),
         )
         return self.o_proj(out.transpose(1, 2).flatten(2)), None

@@ -25,7 +25,7 @@ class LatentNorm(nn.Module):
         dim: width R of the whole latent.
         eps: added to the mean square.
 
-    Source: TPLA (arXiv 2508.15881), section 4.2.
+    Source: TPLA (arXiv 2508.15881).
     """
 
     def __init__(self, dim: int, eps: float) -> None:
@@ -255,7 +255,7 @@ def grouped_latent_attention(
     Returns:
         `[B, H, N, value_dim]`.
 
-    Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.2; GLA (arXiv 2505.21487), section 3.
+    Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.2; GLA (arXiv 2505.21487).
     """
     groups, num_queries, num_keys = latent.shape[1], query_nope.shape[2], latent.shape[2]
     causal = attention_mask is None

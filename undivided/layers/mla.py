@@ -13,7 +13,7 @@ class MLAttention(LatentAttention):
     of `LatentAttention`. With `rope_dim = G * head_dim` and `nope_dim = 0` any grouped-query attention is one of
     these.
 
-    Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1; TransMLA (arXiv 2502.07864), section 4.
+    Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1; TransMLA (arXiv 2502.07864).
     """
 
     mechanism = "mla"

@@ -32,7 +32,7 @@ class TPLAttention(LatentAttention):
     Raises:
         ValueError: `num_shards` does not divide `latent_dim`, or a mode is not one of those named.
 
-    Source: TPLA (arXiv 2508.15881), section 4.
+    Source: TPLA (arXiv 2508.15881).
     """
 
     mechanism = "tpla"

@@ -34,7 +34,7 @@ def shard_cache(cache: Cache, shard: int, num_shards: int) -> Cache:
             is empty or does not hold one latent a token.
         TypeError: a layer holds its rows in another form than as two tensors (a quantised cache).
 
-    Source: TPLA (arXiv 2508.15881), section 4.4.
+    Source: TPLA (arXiv 2508.15881).
     """
     if not 0 <= shard < num_shards:
         raise ValueError(

@@ -257,12 +257,12 @@ SYSTEMS: dict[str, SpecifiedSystem] = {
         SpecifiedSystem(
             "gla", "GLA", gla,
             (("latent", "as many as groups; a head reads that of its group"), *_LATENT_INPUTS[1:]),
-            "Hardware-Efficient Attention for Fast Decoding (arXiv 2505.21487), section 3.3",
+            "Hardware-Efficient Attention for Fast Decoding (arXiv 2505.21487)",
         ),
         SpecifiedSystem(
             "tpla", "TPLA", tpla,
             (("latent_j", "shard j of the latent, normalised by its own energy"), *_LATENT_INPUTS[1:]),
-            "TPLA (arXiv 2508.15881), section 4",
+            "TPLA (arXiv 2508.15881)",
             "The logit scale of a shard is part of its key_up.",
         ),
         SpecifiedSystem(
@@ -271,7 +271,7 @@ SYSTEMS: dict[str, SpecifiedSystem] = {
                 ("latent", "principal components of balanced keys and values, without a normalisation"),
                 *_LATENT_INPUTS[1:],
             ),
-            "TransMLA (arXiv 2502.07864), section 4",
+            "TransMLA (arXiv 2502.07864)",
             "The operator is MLA's; the method is how its weights come from a grouped-query model.",
         ),
         SpecifiedSystem(

@@ -68,8 +68,8 @@ def latent_attention(
         ValueError: shapes or options do not fit; or the backend cannot run the inputs.
         TypeError: dtypes do not fit.
 
-    Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1; GLA (arXiv 2505.21487), section 3; TPLA (arXiv
-    2508.15881), section 4.
+    Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1; GLA (arXiv 2505.21487); TPLA (arXiv
+    2508.15881).
     """
     _rules.check_rank(4, "[batch, heads, length, dim]", query_latent=query_latent, latent=latent)
     _rules.check_rank(4, "[batch, heads, length, dim]", query_rope=query_rope, rope_key=rope_key)
