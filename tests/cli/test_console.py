@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 from rich.console import Console
 
@@ -56,3 +58,13 @@ def test_progress_speaks_at_intervals(capsys, monkeypatch):
 def test_progress_on_a_terminal_yields_the_same_items(items, monkeypatch):
     monkeypatch.setattr(_console, "err", Console(force_terminal=True, stderr=True, width=60))
     assert list(progress(items, "layers")) == [1, 2, 3]
+
+
+def test_a_bar_within_a_bar_is_left_out_and_loses_no_item(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(_console, "err", Console(file=screen, force_terminal=True, width=80))
+    pairs = [(a, b) for a in progress([1, 2], "outer") for b in progress("xy", "inner")]
+    assert pairs == [(1, "x"), (1, "y"), (2, "x"), (2, "y")]
+    assert "outer" in screen.getvalue() and "inner" not in screen.getvalue()
+    list(progress([1], "next"))
+    assert "next" in screen.getvalue()

@@ -38,9 +38,7 @@ def progress(items: Iterable[T], description: str, total: int | None = None) -> 
     if total is None and isinstance(items, Sized):
         total = len(items)
     if err.is_terminal:
-        from rich.progress import track
-
-        yield from track(items, description, total=total, console=err, transient=True)
+        yield from _bar(items, description, total)
         return
     begin = last = time.monotonic()
     of_total = "" if total is None else f"/{total}"
@@ -53,6 +51,23 @@ def progress(items: Iterable[T], description: str, total: int | None = None) -> 
             last = now
             note(f"{description}: {done}{of_total}, {now - begin:.0f} s")
     note(f"{description}: {done}{of_total}, {time.monotonic() - begin:.0f} s")
+
+
+_bars: list[str] = []
+
+
+def _bar(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+    """A bar on the terminal; one within another's loop is not drawn, since a terminal shows one at a time."""
+    from rich.progress import track
+
+    if _bars:
+        yield from items
+        return
+    _bars.append(description)
+    try:
+        yield from track(items, description, total=total, console=err, transient=True)
+    finally:
+        _bars.pop()
 
 
 def table(

@@ -70,6 +70,7 @@ class _Demo:
     def __init__(
         self, source: Checkpoint, ids: torch.Tensor, text: str, evaluation_tokens: int, work: WorkFolder
     ) -> None:
+        from undivided.cli._console import progress
         from undivided.convert.pipeline import perplexity_of
 
         self.source = source
@@ -77,7 +78,7 @@ class _Demo:
         self.text = text
         self.work = work
         self.texts: dict[str, str] = {}
-        self._measure = perplexity_of(source, text, evaluation_tokens)
+        self._measure = perplexity_of(source, text, evaluation_tokens, progress)
         self._decoded_tokens = min(evaluation_tokens, 2048)
         self._known: dict[Any, float] = {}
 
