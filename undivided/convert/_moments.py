@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
 import torch
 from torch import nn
 
-Progress = Callable[[Iterable, str], Iterable]
-
-
-def no_progress(items: Iterable, description: str) -> Iterable:
-    """The default `progress`: goes through `items` and says nothing."""
-    return items
+from undivided.models.evaluation import Progress, no_progress
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,7 @@ from undivided.models.checkpoint import (
     provenance,
     save_checkpoint,
 )
-from undivided.models.evaluation import DEFAULT_BLOCK, cache_bytes_per_token, perplexity
+from undivided.models.evaluation import cache_bytes_per_token, perplexity
 
 if TYPE_CHECKING:
     import torch
@@ -185,18 +184,8 @@ def perplexity_of(
     """Returns a function that measures a model's perplexity on the first `tokens` tokens of `text`."""
 
     def evaluate(model: Any) -> float:
-        shown = iter(progress(range(math.ceil(tokens / context)), "perplexity"))
+        return perplexity(model, source.tokenizer, text, max_tokens=tokens, progress=progress).perplexity
 
-        def advance(done: int, total: int) -> None:
-            next(shown, None)
-
-        found = perplexity(model, source.tokenizer, text, max_tokens=tokens, progress=advance)
-        # A shorter text has fewer blocks; the bar ends all the same.
-        for _ in shown:
-            pass
-        return found.perplexity
-
-    context = min(DEFAULT_BLOCK, source.model.config.get_text_config().max_position_embeddings)
     return evaluate
 
 
