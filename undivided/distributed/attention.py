@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -76,11 +74,6 @@ class RankLatentAttention(LatentAttention):
     def alone(self) -> bool:
         """Whether no other rank holds a part of what this rank's heads read."""
         return self.layout.num_shards == 1 or self.layout.grouped
-
-    def is_exact(self, num_queries: int, past_key_values: Any | None) -> bool:
-        if self.prefill == "sliced":
-            return False
-        return past_key_values is None or int(past_key_values.get_seq_length(self.layer_idx)) == 0
 
     def normalise(self, latent: torch.Tensor, exact: bool) -> torch.Tensor:
         if isinstance(self.kv_a_layernorm, nn.Identity) or self.alone:

@@ -135,6 +135,9 @@ class LatentAttention(CausalAttention):
         self.kv_b_proj = nn.Linear(latent_dim, num_attention_heads * (nope_dim + value_dim), bias=False)
         self.o_proj = nn.Linear(num_attention_heads * value_dim, hidden_size, bias=output_bias)
 
+    # Layers that approximate set it; the others have nothing to be exact about.
+    prefill = "sliced"
+
     @classmethod
     def native_dimensions(cls, config: Any) -> dict[str, Any]:
         return latent_dimensions(config)
@@ -191,9 +194,11 @@ class LatentAttention(CausalAttention):
         """Returns `[B, N, C]` from the heads' outputs `[B, H, N, value_dim]`."""
         return self.o_proj(heads.transpose(1, 2).flatten(2))
 
-    def is_exact(self, num_queries: int, past_key_values: Any | None) -> bool:
-        """Whether this forward is to be computed without the layer's approximation."""
-        return False
+    def is_exact(self, past_key_values: Any | None) -> bool:
+        """Whether this forward is computed without the layer's approximation: a prefill that is to be exact."""
+        if self.prefill == "sliced":
+            return False
+        return past_key_values is None or int(past_key_values.get_seq_length(self.layer_idx)) == 0
 
     def forward(
         self,
@@ -204,7 +209,7 @@ class LatentAttention(CausalAttention):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         check_arguments(self.mechanism, **kwargs)
-        exact = self.is_exact(hidden_states.shape[1], past_key_values)
+        exact = self.is_exact(past_key_values)
         query_nope, query_rope = self.queries(hidden_states).split([self.nope_dim, self.rope_dim], dim=-1)
         latent, rope_key = self.kv_a_proj_with_mqa(hidden_states).split(
             [self.latent_dim, self.rope_dim], dim=-1

@@ -70,11 +70,6 @@ class TPLAttention(LatentAttention):
         self.register_buffer("norm_scale", torch.full((num_shards,), float(num_shards)))
         self.register_buffer("logit_scale", torch.ones(num_shards, num_attention_heads))
 
-    def is_exact(self, num_queries: int, past_key_values: Any | None) -> bool:
-        if self.prefill == "sliced":
-            return False
-        return past_key_values is None or int(past_key_values.get_seq_length(self.layer_idx)) == 0
-
     def normalise(self, latent: torch.Tensor, exact: bool) -> torch.Tensor:
         if exact or self.norm == "exact" or isinstance(self.kv_a_layernorm, nn.Identity):
             return self.kv_a_layernorm(latent)
