@@ -10,6 +10,7 @@ import torch
 from undivided.claims._harness import Row, measured
 from undivided.claims._timing import measured_ceilings, time_rivals
 from undivided.ops import latent_attention
+from undivided.testing import assert_as_accurate
 
 ROPE_DIM = 64
 # The rows of a head of DeepSeek-V3 and Kimi-K2 without and with rotary positions decide the scale.
@@ -104,6 +105,8 @@ def decode_rows(
 def _point(model: Model, batch: int, keys: int, device: str, dtype: torch.dtype) -> Iterator[Row]:
     ranks = {"TPLA": model.tpla, "MLA": model.mla}
     inputs = {name: rank.inputs(batch, keys, device, dtype) for name, rank in ranks.items()}
+    for name in ranks:
+        gate(inputs[name], f"{name}, {model.name}, batch {batch}, {keys} keys")
     rivals = {name: _call(inputs[name], "auto") for name in ranks}
     rivals["MLA through torch SDPA"] = _call(inputs["MLA"], "sdpa")
     method = "graph" if device == "cuda" else "auto"
@@ -138,6 +141,19 @@ def _point(model: Model, batch: int, keys: int, device: str, dtype: torch.dtype)
         baseline=ceilings.copy_bytes_per_second / 1e9,
         required=_LEAST_BANDWIDTH if large else None,
     )
+
+
+def gate(inputs: tuple[torch.Tensor, ...], name: str) -> None:
+    """Raises an AssertionError unless what is about to be timed is as accurate as eager, both against float64.
+
+    The operator runs at the whole shape; its first and its last sequence are compared, since the float64 cache of all
+    of them would not fit beside what is timed.
+    """
+    out = _call(inputs, "auto")()
+    for row in {0, out.shape[0] - 1}:
+        one = tuple(x[row : row + 1] for x in inputs)
+        eager, exact = (_call(each, "reference")() for each in (one, tuple(x.double() for x in one)))
+        assert_as_accurate(out[row : row + 1], eager, exact, factor=2.0, name=f"{name}, sequence {row}")
 
 
 def _call(inputs: tuple[torch.Tensor, ...], backend: str):
