@@ -166,3 +166,12 @@ def test_a_killed_conversion_leaves_nothing_and_the_next_one_resumes(capsys, her
     assert "calibrating keys" not in noted
     AutoModelForCausalLM.from_pretrained(out)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    "options", [("--latent-dim", "250", "--transform", "hadamard"), ("--latent-dim", "16", "--shards", "3")]
+)
+def test_what_tpla_cannot_cut_is_refused_before_anything_is_loaded(capsys, here, tmp_path, options):
+    status, _, noted = convert(capsys, here, tmp_path / "out", "--to", "tpla", "--rope-dim", "4", *options)
+    assert status == 2 and ("not a power of two" in noted or "does not divide" in noted)
+    assert "loading" not in noted and "calibrating" not in noted

@@ -81,6 +81,11 @@ def convert_checkpoint(
         raise ValueError(f"to={to!r} is not one of {', '.join(TARGETS)}.")
     if to == "mla" and tpla:
         raise ValueError(f'to="mla" takes no {", ".join(tpla)}; these are options of "tpla".')
+    if to == "tpla" and mla and "latent_dim" in mla:
+        from undivided.convert.tpla import check_options
+
+        # Before minutes of conversion, not after them.
+        check_options({mla["latent_dim"]}, **{k: v for k, v in (tpla or {}).items() if k != "seed"})
     prepare_target(out, overwrite=overwrite)
     texts = conversion_texts(src, calibration, evaluation, cache_dir, say)
     source = open_checkpoint(src, dtype=dtype, device=device, cache_dir=cache_dir, progress=say)

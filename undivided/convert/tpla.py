@@ -11,7 +11,7 @@ Source: TPLA (arXiv 2508.15881).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,17 +88,9 @@ def convert_tpla(
 
     Source: TPLA (arXiv 2508.15881).
     """
-    _check_options(
-        transform=(transform, TRANSFORMS),
-        logit_scale=(logit_scale, LOGIT_SCALES),
-        norm=(norm, ("local", "exact")),
-        softmax=(softmax, ("local", "exact")),
-        prefill=(prefill, ("sliced", "exact")),
-    )
-    for width in {sizes["latent_dim"] for sizes in mla_sizes(model)}:
-        check_shards(num_shards, width)
-        if transform == "hadamard":
-            _check_power_of_two(width)
+    widths = {sizes["latent_dim"] for sizes in mla_sizes(model)}
+    modes = {"norm": norm, "softmax": softmax, "prefill": prefill}
+    check_options(widths, num_shards=num_shards, transform=transform, logit_scale=logit_scale, **modes)
     needs = {"transform": transform, "logit_scale": logit_scale if softmax == "local" else "one"}
     for name, value in needs.items():
         if value in ("pca", "lstsq") and calibration is None:
@@ -148,6 +140,35 @@ def convert_tpla(
         "seed": seed,
     }
     return host, log.report("tpla", options, cached * layers[0].kv_b_proj.weight.element_size())
+
+
+def check_options(
+    widths: Iterable[int],
+    *,
+    num_shards: int = 2,
+    transform: str = "pca",
+    norm: str = "local",
+    softmax: str = "local",
+    prefill: str = "sliced",
+    logit_scale: str = "lstsq",
+) -> None:
+    """Raises a ValueError unless latents of these widths can be cut with these options of `convert_tpla`.
+
+    It needs no model, so that a refusal can come before the conversion that makes the latents.
+    """
+    for name, value, allowed in (
+        ("transform", transform, TRANSFORMS),
+        ("logit_scale", logit_scale, LOGIT_SCALES),
+        ("norm", norm, ("local", "exact")),
+        ("softmax", softmax, ("local", "exact")),
+        ("prefill", prefill, ("sliced", "exact")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}.")
+    for width in widths:
+        check_shards(num_shards, width)
+        if transform == "hadamard":
+            _check_power_of_two(width)
 
 
 def latent_moments(
@@ -387,12 +408,6 @@ def mla_to_gla(model: PreTrainedModel, num_groups: int) -> UndividedForCausalLM:
         weights["kv_b_proj.weight"] = torch.cat([blocks[group, :, group] for group in range(num_groups)])
         exchange_layer(host, index, GLAttention, weights, options)
     return host
-
-
-def _check_options(**options: tuple[str, Sequence[str]]) -> None:
-    for name, (value, allowed) in options.items():
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}.")
 
 
 def _set_modes(host: UndividedForCausalLM, **modes: str) -> None:
