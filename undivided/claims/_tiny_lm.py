@@ -160,6 +160,9 @@ def train(
 ) -> list[float]:
     """Trains a model in place with AdamW: short warm-up, cosine decay to a tenth, clipped gradients.
 
+    On a GPU the products are in bfloat16 by autocast, and steps are CUDA graphs: neither model nor loss may wait for
+    the device.
+
     Args:
         model: a causal language model over bytes, or over the tokens given.
         text: text to draw windows from, or its token ids `[num_tokens]`.
@@ -178,22 +181,61 @@ def train(
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": _DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=learning_rate, betas=_BETAS)
+    on_gpu = device.type == "cuda"
+    # A graph reads the rate from memory when it is replayed; a number would be the captured step's for ever.
+    rate = torch.tensor(learning_rate, device=device) if on_gpu else learning_rate
+    optimiser = torch.optim.AdamW(groups, lr=rate, betas=_BETAS, capturable=on_gpu)
     warm_up = max(steps // 20, 1)
-    rate = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, steps, warm_up))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, steps, warm_up))
     model.train()
-    losses = []
-    for _ in range(steps):
-        starts = torch.randint(len(data) - length, (batch_size, 1), generator=generator)
-        ids = data[(starts + torch.arange(length)).to(device)]
-        value = next_byte_loss(model, ids) if loss is None else loss(model, ids)
+
+    def update(ids: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu, cache_enabled=False):
+            value = next_byte_loss(model, ids) if loss is None else loss(model, ids)
         optimiser.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
         optimiser.step()
-        rate.step()
-        losses.append(value.detach())
+        return value.detach()
+
+    step = _Graphed(update) if on_gpu else update
+    losses = []
+    for _ in range(steps):
+        starts = torch.randint(len(data) - length, (batch_size, 1), generator=generator)
+        losses.append(step(data[(starts + torch.arange(length)).to(device)]).clone())
+        schedule.step()
     return torch.stack(losses).tolist()
+
+
+class _Graphed:
+    """A step of training whose kernels are launched as one CUDA graph, captured after a few ordinary steps.
+
+    The models are so small that a GPU would spend nearly all of its time waiting for their launches.
+    """
+
+    ORDINARY_STEPS = 3
+
+    def __init__(self, step: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.step = step
+        self.calls = 0
+        self.stream = torch.cuda.Stream()
+        self.graph = torch.cuda.CUDAGraph()
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls <= self.ORDINARY_STEPS:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                value = self.step(ids)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return value
+        if self.calls == self.ORDINARY_STEPS + 1:
+            self.ids = ids.clone()
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.value = self.step(self.ids)
+        self.ids.copy_(ids)
+        self.graph.replay()
+        return self.value
 
 
 def next_byte_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
