@@ -20,6 +20,7 @@ from undivided import __version__
 
 VERBS: dict[str, str] = {
     "convert": "Convert a checkpoint to another attention.",
+    "heal": "Train a converted checkpoint on what its source gives.",
     "generate": "Generate text with a checkpoint.",
     "evaluate": "Measure a checkpoint's perplexity and cache.",
     "plan": "Predict cache bytes, FLOPs and time of attention choices.",

@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -120,6 +120,7 @@ def save_checkpoint(
     target: str | Path,
     conversion: dict[str, Any],
     *,
+    files: Mapping[str, str | bytes] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Writes model, tokenizer and the report of a conversion as one checkpoint folder, whole or not at all.
@@ -133,6 +134,7 @@ def save_checkpoint(
         tokenizer: its tokenizer.
         target: folder to be written, absent or empty unless `overwrite`.
         conversion: the report (perplexity per stage, cache bytes, `provenance`, ...), made of JSON types.
+        files: other files of the folder, by name, such as a figure.
         overwrite: replace a target that holds a checkpoint.
 
     Returns:
@@ -153,7 +155,8 @@ def save_checkpoint(
     def writer(folder: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        (folder / "conversion.json").write_text(report + "\n", encoding="utf-8")
+        for name, content in {"conversion.json": report + "\n", **(files or {})}.items():
+            (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
     return write_folder(target, writer, overwrite=overwrite)
 
