@@ -116,7 +116,7 @@ _STEPS = {False: 800, True: 200}
 _LENGTH = 512
 
 
-def demo_study(device: str, quick: bool, latent_dim: int = 256) -> Study:
+def demo_study(device: str, quick: bool, latent_dim: int = 256, latent_norm: bool = False) -> Study:
     """SmolLM2-135M-Instruct as MLA, with 32 rotary dimensions beside the latent in place of 384 numbers."""
     from undivided.convert.pipeline import calibration_ids
     from undivided.convert.transmla import convert_transmla
@@ -126,7 +126,9 @@ def demo_study(device: str, quick: bool, latent_dim: int = 256) -> Study:
     texts = demo_texts()
     source = open_checkpoint("smollm2-135m", device=device)
     ids = calibration_ids(source, texts.calibration, 16 if quick else 64, 256)
-    model, _ = convert_transmla(source.model, ids, latent_dim=latent_dim, rope_dim=32, freqfold=4)
+    model, _ = convert_transmla(
+        source.model, ids, latent_dim=latent_dim, rope_dim=32, freqfold=4, latent_norm=latent_norm
+    )
     heldout = [texts.heldout[name] for name in ("2015-Obama-1", "2024-Biden-1")]
     return Study(model, source.tokenizer, ids, heldout, 1024, 1024 if quick else 4096)
 
@@ -177,6 +179,29 @@ def measure(device: str, quick: bool) -> Iterator[Row]:
     # Its nine heads cannot be cut into two groups.
     study = demo_study(device, quick, latent_dim=255)
     yield from grouped([study], "SmolLM2-135M as MLA, latent 255, 3 shards", groups=3)
+    if device == "cuda":
+        yield from _after_training(studies, quick)
+
+
+def _after_training(scratch: Sequence[Study], quick: bool) -> Iterator[Row]:
+    """Yields the rows that take minutes of training: alignment, and everything on a healed model."""
+    from undivided.claims._healing import aligned, healed_study
+
+    tokens = 500_000 if quick else 3_000_000
+    yield from aligned(
+        scratch[0],
+        "4-layer MLA trained from scratch, latent 128, one seed, 2 shards",
+        (tokens // 4, tokens // 4),
+    )
+    yield from scales(
+        scratch, f"4-layer MLA trained from scratch, latent 128, {len(scratch)} seeds, 2 shards"
+    )
+    study = healed_study("cuda", quick, tokens)
+    shape = f"SmolLM2-135M as MLA with normalised latents of 256, healed on {tokens:,} tokens, 2 shards"
+    yield from scales([study], shape)
+    yield from ablation([study], shape, normalised=True, groups=None)
+    yield from separated([study], shape, prompt=512, lengths=(64,) if quick else (64, 256))
+    yield from aligned(study, shape, (tokens // 4, tokens // 2))
 
 
 def ablation(studies: Sequence[Study], shape: str, *, normalised: bool, groups: int | None) -> Iterator[Row]:

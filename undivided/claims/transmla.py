@@ -170,6 +170,11 @@ def measure(device: str, quick: bool) -> Iterator[Row]:
     for name, model in left_out.items():
         what = f"MLA, no training, against the method {name}"
         yield row(what, shape, found[_ABLATED], name, runs.perplexity(model), 1.0)
+    if device == "cuda":
+        from undivided.claims._healing import healed_mla
+
+        tokens = 500_000 if quick else 8_000_000
+        yield from healed_mla(runs, method(latent_dim), f"{where}; {shape}", tokens)
 
 
 CLAIM = Claim(

@@ -36,7 +36,7 @@ class Recipe:
         train_on: "all" parameters or only those of "attention" layers.
         seed: of the order of the text.
         evaluations: how often the model is evaluated, evenly over the tokens, beside once before.
-        checkpoints: how often a checkpoint is kept, from which a killed run goes on.
+        checkpoints: how often a checkpoint is kept, from which a killed run goes on; 0 keeps none.
 
     Raises:
         ValueError: a value is out of its range.
@@ -60,9 +60,9 @@ class Recipe:
     checkpoints: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch_size", "evaluations", "checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name, least in {"tokens": 1, "batch_size": 1, "evaluations": 1, "checkpoints": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
         if self.stage not in STAGES:
             raise ValueError(f"stage={self.stage!r} is not one of {', '.join(map(repr, STAGES))}.")
         if self.train_on not in ("all", "attention"):
@@ -214,8 +214,8 @@ def _trainer(
         seed=recipe.seed,
         use_cpu=model.device.type == "cpu",
         logging_steps=max(steps // 50, 1),
-        save_strategy="steps",
-        save_steps=max(steps // recipe.checkpoints, 1),
+        save_strategy="steps" if recipe.checkpoints else "no",
+        save_steps=max(steps // max(recipe.checkpoints, 1), 1),
         save_total_limit=1,
         report_to="none",
         log_level="error",
