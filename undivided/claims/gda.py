@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,9 +57,9 @@ def gate(device: str) -> None:
 
 
 def measure(device: str, quick: bool) -> Iterator[Row]:
-    """Yields speed on CUDA, quality of tiny models on a CPU."""
+    """Yields speed and the quality of small models on CUDA, quality and growth of tiny ones on a CPU."""
     if device == "cpu":
-        yield from _quality(quick)
+        yield from _quality(quick, _TINY)
         yield from _growth(quick)
         return
     lengths = (4096,) if quick else (4096, 16384, 32768)
@@ -68,6 +69,7 @@ def measure(device: str, quick: bool) -> Iterator[Row]:
         yield from _layer(length)
     yield from _training(4096 if quick else 8192)
     yield from _decode(32768)
+    yield from _quality(quick, _LARGER)
 
 
 def _inputs(
@@ -327,8 +329,26 @@ _ARMS = {
     "8:2": {"mechanism": "gda", "num_noise_heads": 2},
     "9:1": {"mechanism": "gda", "num_noise_heads": 1},
 }
-_PARAMETERS, _STEPS, _QUICK_STEPS, _SEEDS = 160_000, 150, 20, (0, 1, 2)
+_STEPS, _QUICK_STEPS, _SEEDS = 150, 20, (0, 1, 2)
 _SYMMETRIC = "5:5 (Differential Transformer)"
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Sizes and training of the models of a quality table."""
+
+    sizes: dict[str, Any]
+    parameters: int
+    steps: int
+    batch_size: int
+    length: int
+    device: str
+
+
+_TINY = _Scale(_SIZES, 160_000, _STEPS, 16, 128, "cpu")
+_LARGER = _Scale(
+    {**_SIZES, "hidden_size": 320, "head_dim": 32, "num_hidden_layers": 6}, 6_000_000, 800, 64, 256, "cuda"
+)
 
 
 def _texts() -> tuple[str, str]:
@@ -338,21 +358,27 @@ def _texts() -> tuple[str, str]:
     return texts.calibration, texts.heldout["2024-Biden-1"]
 
 
-def _shape(steps: int) -> str:
-    return f"2 layers, width {_SIZES['hidden_size']}, {steps} steps of 2048 bytes, {len(_SEEDS)} seeds"
+def _shape(steps: int, scale: _Scale = _TINY) -> str:
+    layers, width = scale.sizes.get("num_hidden_layers", 2), scale.sizes["hidden_size"]
+    amount = f"{steps} steps of {scale.batch_size * scale.length} bytes"
+    return f"{layers} layers, width {width}, {amount}, {len(_SEEDS)} seeds"
 
 
-def _quality(quick: bool) -> Iterator[Row]:
+def _quality(quick: bool, scale: _Scale) -> Iterator[Row]:
     text, heldout = _texts()
-    steps = _QUICK_STEPS if quick else _STEPS
+    steps = _QUICK_STEPS if quick else scale.steps
     runs = {
-        arm: train_tiny_lm(entry, text, heldout, seeds=_SEEDS, steps=steps, parameters=_PARAMETERS, **_SIZES)
+        arm: train_tiny_lm(
+            entry, text, heldout, seeds=_SEEDS, steps=steps, parameters=scale.parameters, device=scale.device,
+            batch_size=scale.batch_size, length=scale.length, **scale.sizes,
+        )
         for arm, entry in _ARMS.items()
-    }
+    }  # fmt: skip
     baseline = mean_and_deviation([run.bits_per_byte for run in runs[_SYMMETRIC]])
     for arm, own in runs.items():
         yield _loss_row(
-            f"bits a byte of a tiny model, {arm}", f"{_shape(steps)}, {own[0].parameters} parameters", own,
+            f"bits a byte of a {'tiny' if scale is _TINY else 'small'} model, {arm}",
+            f"{_shape(steps, scale)}, {own[0].parameters} parameters", own,
             _named(_SYMMETRIC, baseline) if arm != _SYMMETRIC else None, baseline[0],
         )  # fmt: skip
 
