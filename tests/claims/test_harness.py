@@ -117,6 +117,20 @@ def test_rows_are_stamped_with_where_and_how_they_were_made():
     assert time.strptime(row.date, "%Y-%m-%dT%H:%M:%SZ")
 
 
+def test_a_part_runs_alone_and_all_parts_in_their_order():
+    def part(name):
+        return lambda device, quick: [measured(name, "y", 1.0, "ms", better="lower")]
+
+    parts = {"speed": part("fast"), "quality": part("good")}
+    claim = _claim(measure=_harness.all_of(parts), parts=parts)
+    assert [row.what for row in _harness.run(claim, "cpu")] == ["fast", "good"]
+    (row,) = _harness.run(claim, "cpu", part="quality")
+    assert row.what == "good"
+    assert row.command == "undivided reproduce toy --device cpu --part quality"
+    with pytest.raises(ValueError, match='part="size": claim "toy" has the parts: speed, quality.'):
+        next(_harness.run(claim, "cpu", part="size"))
+
+
 def test_gate_and_measurement_draw_the_same_numbers_on_every_run():
     drawn = []
     claim = _claim(gate=lambda device: drawn.append(torch.rand(1).item()))

@@ -13,6 +13,7 @@ from undivided.cli import main, reproduce
 
 TOY = """
 from undivided.claims import Claim, measured
+from undivided.claims._harness import Figure
 
 def gate(device):
     if {wrong}:
@@ -27,7 +28,7 @@ def measure(device, quick):
     {last}
 
 CLAIM = Claim(slug="{slug}", source="arXiv 0000.00000, section 3", paper=("1.5x at size [2] on one card",),
-              gate=gate, measure=measure, devices={devices})
+              gate=gate, measure=measure, parts=dict(sums=measure), devices={devices})
 """
 GOOD = dict(wrong=False, small=2.0, large=1.0, required=1.2, last="", devices=("cpu",))
 
@@ -157,3 +158,18 @@ def test_bad_arguments_are_refused_in_one_sentence(claim, run, arguments, messag
     status, out, err = run(*arguments)
     assert status == 2 and out == ""
     assert message in err and len(err.splitlines()) == 1
+
+
+def test_a_figure_is_written_beside_the_rows_and_shown_above_the_table(claim, run, tmp_path):
+    claim(last="yield Figure(name='shape', save=lambda path: path.write_text('drawn'))")
+    status, printed, _ = run("toy")
+    assert status == 0 and printed.count("adding [b]one[/b]") == 2
+    assert (tmp_path / "results" / "toy-shape.png").read_text() == "drawn"
+    assert "![toy-shape](toy-shape.png)" in (tmp_path / "results" / "RESULTS.md").read_text()
+
+
+def test_a_part_is_one_of_a_named_claim(claim, run):
+    claim()
+    assert run("toy", "--part", "sums", "--device", "cpu")[0] == 0
+    status, _, err = run("--all", "--part", "sums", "--device", "cpu")
+    assert status == 2 and "--part sums is a part of one claim; name its system." in err

@@ -8,8 +8,8 @@ import importlib.metadata
 import math
 import platform
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from undivided import __version__
@@ -61,6 +61,22 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A picture of what a claim measured, which `undivided reproduce` writes beside the rows.
+
+    Args:
+        name: In words of a file's name; the file is `SLUG-NAME.png`.
+        save: `save(path)` writes it.
+    """
+
+    name: str
+    save: Callable[[Path], object]
+
+
+Measure = Callable[[str, bool], Iterable[Row | Figure]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Claim:
     """A published figure and how the same work is measured here.
 
@@ -69,7 +85,9 @@ class Claim:
         source: Where the figure stands, such as `"arXiv 2508.15881, section 5.2"`.
         paper: The quoted figures, one sentence each, with their shapes and hardware.
         gate: `gate(device)` raises if results are wrong; nothing is timed then.
-        measure: `measure(device, quick)` yields rows built by `measured`; with `quick` on fewer shapes.
+        measure: `measure(device, quick)` yields rows built by `measured`, and figures; with `quick` on fewer
+            shapes.
+        parts: Name to a part of `measure` that can be run alone, such as `"speed"`.
         devices: Kinds of device it can run on, the preferred one first; of `"cpu"` and `"cuda"`.
 
     Raises:
@@ -80,7 +98,8 @@ class Claim:
     source: str
     paper: Sequence[str]
     gate: Callable[[str], None]
-    measure: Callable[[str, bool], Iterable[Row]]
+    measure: Measure
+    parts: Mapping[str, Measure] = field(default_factory=dict)
     devices: tuple[str, ...] = ("cuda", "cpu")
 
     def __post_init__(self) -> None:
@@ -160,33 +179,53 @@ class GateError(RuntimeError):
     """A claim's gate found wrong results, so nothing was timed; the cause says which."""
 
 
-def run(claim: Claim, device: str, quick: bool = False) -> Iterator[Row]:
-    """Runs the gate of a claim, then yields its rows as they are measured.
+def all_of(parts: Mapping[str, Measure]) -> Measure:
+    """Returns the measurement that runs all parts, one after the other."""
+
+    def measure(device: str, quick: bool) -> Iterator[Row | Figure]:
+        for part in parts.values():
+            yield from part(device, quick)
+
+    return measure
+
+
+def run(claim: Claim, device: str, quick: bool = False, part: str | None = None) -> Iterator[Row | Figure]:
+    """Runs the gate of a claim, then yields its rows and figures as they are measured.
 
     Args:
         claim: The claim.
         device: `"cpu"` or `"cuda"`.
         quick: Measure fewer shapes.
+        part: Only this of the claim's parts.
 
     Raises:
+        ValueError: If the claim has no such part.
         GateError: If the gate raises anything.
     """
     import torch
 
+    if part is not None and part not in claim.parts:
+        names = ", ".join(claim.parts) or "none"
+        raise ValueError(f'part="{part}": claim "{claim.slug}" has the parts: {names}.')
+    measure = claim.measure if part is None else claim.parts[part]
     torch.manual_seed(0)
     try:
         claim.gate(device)
     except Exception as error:
         raise GateError(f'the gate of "{claim.slug}" failed, so nothing was timed: {error}') from error
-    where, found = device_name(device), versions(device)
-    command = f"undivided reproduce {claim.slug} --device {device}{' --quick' if quick else ''}"
+    where, packages = device_name(device), versions(device)
+    options = (f" --part {part}" if part else "") + (" --quick" if quick else "")
+    command = f"undivided reproduce {claim.slug} --device {device}{options}"
     torch.manual_seed(0)
-    for row in claim.measure(device, quick):
+    for found in measure(device, quick):
+        if isinstance(found, Figure):
+            yield found
+            continue
         yield dataclasses.replace(
-            row,
+            found,
             slug=claim.slug,
             device=where,
-            versions=found,
+            versions=packages,
             command=command,
             date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         )

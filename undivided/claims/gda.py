@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from undivided.claims._harness import Claim, Row, measured
+from undivided.claims._harness import Claim, Measure, Row, all_of, measured
 from undivided.claims._timing import measured_ceilings, time_rivals
 from undivided.claims._tiny_lm import (
     TinyRun,
@@ -56,11 +56,9 @@ def gate(device: str) -> None:
             )
 
 
-def measure(device: str, quick: bool) -> Iterator[Row]:
-    """Yields speed and the quality of small models on CUDA, quality and growth of tiny ones on a CPU."""
+def _speed(device: str, quick: bool) -> Iterator[Row]:
+    """Yields times, on a GPU."""
     if device == "cpu":
-        yield from _quality(quick, _TINY)
-        yield from _growth(quick)
         return
     lengths = (4096,) if quick else (4096, 16384, 32768)
     for length in lengths:
@@ -69,7 +67,15 @@ def measure(device: str, quick: bool) -> Iterator[Row]:
         yield from _layer(length)
     yield from _training(4096 if quick else 8192)
     yield from _decode(32768)
-    yield from _quality(quick, _LARGER)
+
+
+def _quality(device: str, quick: bool) -> Iterator[Row]:
+    """Yields losses of small models on a GPU; of tiny ones, and of growth, on a CPU."""
+    if device == "cuda":
+        yield from _losses(quick, _LARGER)
+        return
+    yield from _losses(quick, _TINY)
+    yield from _growth(quick)
 
 
 def _inputs(
@@ -364,7 +370,7 @@ def _shape(steps: int, scale: _Scale = _TINY) -> str:
     return f"{layers} layers, width {width}, {amount}, {len(_SEEDS)} seeds"
 
 
-def _quality(quick: bool, scale: _Scale) -> Iterator[Row]:
+def _losses(quick: bool, scale: _Scale) -> Iterator[Row]:
     text, heldout = _texts()
     steps = _QUICK_STEPS if quick else scale.steps
     runs = {
@@ -459,6 +465,7 @@ def duplicate_groups(model: nn.Module) -> nn.Module:
     return host
 
 
+_PARTS: dict[str, Measure] = {"speed": _speed, "quality": _quality}
 CLAIM = Claim(
     slug="gda",
     source="arXiv 2510.06949, abstract; the authors' production code for the four calls",
@@ -469,5 +476,6 @@ CLAIM = Claim(
         "Growth replicates the signal-focused heads alone (abstract).",
     ),
     gate=gate,
-    measure=measure,
+    measure=all_of(_PARTS),
+    parts=_PARTS,
 )

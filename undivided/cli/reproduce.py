@@ -20,24 +20,28 @@ def command(
     every: Annotated[bool, typer.Option("--all", help="Every claim whose device is here.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes.")] = False,
+    part: Annotated[str | None, typer.Option(help="One part of the claim, such as speed or quality.")] = None,
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results"),
 ) -> None:
     """Measure a paper's claim here, beside its own figure.
 
     The claim's gate runs first: nothing is timed if results are wrong. Rows are added to OUTPUT/SLUG.jsonl as
-    they are measured, and OUTPUT/RESULTS.md is renewed. The exit status is 1 if a bar does not hold.
+    they are measured, figures are written beside it, and OUTPUT/RESULTS.md is renewed. The exit status is 1 if
+    a bar does not hold.
     """
     if every == (slug is not None):
         raise ValueError("give either a system or --all.")
     if device not in ("auto", *_harness.DEVICES):
         raise ValueError(f'--device "{device}" is none of auto, cpu, cuda.')
     if slug is None:
+        if part is not None:
+            raise ValueError(f"--part {part} is a part of one claim; name its system.")
         chosen = _every(device)
     else:
         claim = claims.load(slug)
         chosen = [(claim, _harness.choose_device(claim, device))]
     # A list, so that one claim that fails does not keep the others from running.
-    held = [_reproduce(claim, where, quick, output) for claim, where in chosen]
+    held = [_reproduce(claim, where, quick, part, output) for claim, where in chosen]
     if not all(held):
         raise typer.Exit(1)
 
@@ -53,14 +57,18 @@ def _every(device: str) -> list[tuple[Claim, str]]:
     return chosen
 
 
-def _reproduce(claim: Claim, device: str, quick: bool, output: Path) -> bool:
+def _reproduce(claim: Claim, device: str, quick: bool, part: str | None, output: Path) -> bool:
     """Runs one claim, keeps its rows, prints its table; returns whether it ran and every bar holds."""
     rows: list[Row] = []
     error: Exception | None = None
     with err.status(f"{claim.slug}: gate, then measurement"):
         note(f"{claim.slug} on {_harness.device_name(device)}")
         try:
-            for row in _harness.run(claim, device, quick):
+            for row in _harness.run(claim, device, quick, part):
+                if isinstance(row, _harness.Figure):
+                    output.mkdir(parents=True, exist_ok=True)
+                    row.save(output / f"{claim.slug}-{row.name}.png")
+                    continue
                 # Kept at once: what a killed run had measured is not lost.
                 _results.append(output, row)
                 rows.append(row)
