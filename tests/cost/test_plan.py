@@ -90,6 +90,8 @@ def test_options_of_a_config_give_the_parameters_that_transformers_builds(tmp_pa
     ("model_type", "entry"),
     [
         ("llama", {"mechanism": "gqa", "num_key_value_heads": 4}),
+        ("llama", {"mechanism": "sqa", "num_query_heads": 2}),
+        ("qwen2", {"mechanism": "sqa", "preset": "xsqa", "window": 4}),
         (
             "llama",
             {"mechanism": "mla", "latent_dim": 16, "rope_dim": 4, "nope_dim": 8, "value_dim": 8}
@@ -161,6 +163,10 @@ def test_config_that_cannot_be_read_says_what_is_wrong(config, message):
     [
         ([None], "m: attention has 1 entries; its base model has 2 layers."),
         ([None, {"mechanism": "gda"}], "m: layer 1: mechanism 'gda' on a GroupedShape has no cost model; "),
+        (
+            [{"mechanism": "sqa", "num_query_heads": 1, "reverse": True}, None],
+            'm: layer 0: mechanism "sqa" with reverse=True has no cost model.',
+        ),
         ([{"mechanism": "mla", "latent_dim": 8}, None], "lacks rope_dim, nope_dim, value_dim."),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from undivided.cost.attention import AttentionShape, GroupedShape, LatentShape
+from undivided.cost.head_counts import sparse_head_counts
 from undivided.cost.presets import PRESETS, ExpertShape, ModelShape
 
 GROUPED_TYPES = ("llama", "qwen2", "mistral", "gemma2")
@@ -68,7 +69,8 @@ def model_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
         config: a configuration of type llama, qwen2, mistral, gemma2, deepseek_v2, deepseek_v3, kimi_k2 or
             undivided. An undivided one has `base_config`, the configuration of the model it was made from,
             and `attention`, one entry a layer: null for the base model's own, or a dictionary with
-            "mechanism" ("mla", "tpla", "gla" or "gqa") and its options in the words of `undivided.layers`.
+            "mechanism" ("mla", "tpla", "gla", "gqa", "kdgqa" or "sqa") and its options in the words of
+            `undivided.layers`.
         name: how reports call the model.
 
     Returns:
@@ -199,12 +201,14 @@ def _undivided(config: Mapping[str, Any], name: str) -> ModelShape:
 def _converted(native: AttentionShape, entry: Mapping[str, Any], where: str) -> AttentionShape:
     """The attention of a layer with a mechanism of its own; options not given are the base model's."""
     mechanism = entry.get("mechanism")
-    if mechanism == "gqa" and isinstance(native, GroupedShape):
+    if mechanism in ("gqa", "kdgqa") and isinstance(native, GroupedShape):
         return replace(native, **_chosen(entry, ("num_key_value_heads", "head_dim")))
+    if mechanism == "sqa" and isinstance(native, GroupedShape):
+        return _sparse_query(native, entry, where)
     if mechanism not in SHARDS:
         raise ValueError(
             f"{where}: mechanism {mechanism!r} on a {type(native).__name__} has no cost model; "
-            f"{', '.join(SHARDS)} and, on a grouped-query base, gqa have."
+            f"{', '.join(SHARDS)} and, on a grouped-query base, gqa, kdgqa and sqa have."
         )
     options = _chosen(entry, LATENT_OPTIONS)
     if isinstance(native, GroupedShape):
@@ -222,6 +226,27 @@ def _converted(native: AttentionShape, entry: Mapping[str, Any], where: str) -> 
     shards_option = SHARDS[mechanism]
     num_shards = 1 if shards_option is None else entry.get(shards_option, 2)
     return replace(shape, mechanism=mechanism, num_shards=num_shards)
+
+
+def _sparse_query(native: GroupedShape, entry: Mapping[str, Any], where: str) -> GroupedShape:
+    """Fewer query heads of the base model's width; with more key than query heads the formulas do not hold."""
+    if entry.get("reverse"):
+        raise ValueError(f'{where}: mechanism "sqa" with reverse=True has no cost model.')
+    own = None if entry.get("preset") else native.num_key_value_heads
+    query_heads, key_heads = sparse_head_counts(
+        native.num_heads,
+        entry.get("num_query_heads"),
+        entry.get("num_key_value_heads", own),
+        entry.get("preset"),
+    )
+    # A window of the entry is left out: it bounds what is read, and the cache keeps all tokens.
+    return replace(
+        native,
+        num_heads=query_heads,
+        num_key_value_heads=key_heads,
+        output_bias=entry.get("output_bias", native.output_bias),
+        **_chosen(entry, ("head_dim",)),
+    )
 
 
 def _chosen(entry: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

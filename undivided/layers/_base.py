@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import nn
 
 from undivided.layers.rotary import PositionEmbeddings
+
+if TYPE_CHECKING:
+    from undivided.spec import AttentionSpec
 
 _SET_BY_HOST = ("self", "hidden_size", "num_attention_heads", "softcap", "layer_idx")
 
@@ -19,10 +22,17 @@ class CausalAttention(nn.Module):
     A subclass names its mechanism, builds itself from a native config with `from_config`, and computes
     `forward(hidden_states [B, N, C], position_embeddings, attention_mask, past_key_values) -> ([B, N, C], None)`,
     the contract of the attention modules of transformers. What it caches it hands to
-    `past_key_values.update(keys, values, layer_idx)`.
+    `past_key_values.update(keys, values, layer_idx)`. A layer with `has_auxiliary` returns, when training, losses in
+    place of None, name to scalar; `auxiliary_coefficients` has their factors in a model's loss.
+
+    A mechanism that can be written in the language of `undivided.spec` says so with `spec` and `spec_inputs`:
+    `o_proj(merge_heads(interpret(layer.spec, layer.spec_inputs(x, tables)).out))` is then the output of a forward
+    without mask and cache, exactly.
     """
 
     mechanism: ClassVar[str]
+    has_auxiliary: ClassVar[bool] = False
+    auxiliary_coefficients: dict[str, float]
     layer_idx: int
 
     @classmethod
@@ -77,8 +87,35 @@ class CausalAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
         raise NotImplementedError
+
+    @property
+    def spec(self) -> AttentionSpec:
+        """What the layer computes between its projections, with the options it has, in the specification language.
+
+        Raises:
+            NotImplementedError: the mechanism is not written in the language.
+        """
+        raise NotImplementedError(
+            f'mechanism "{self.mechanism}" is not written in the specification language.'
+        )
+
+    def spec_inputs(
+        self, hidden_states: torch.Tensor, position_embeddings: PositionEmbeddings | None
+    ) -> dict[str, torch.Tensor]:
+        """Returns the tensors that `spec` reads, by name: after projections and rotary positions, before attention.
+
+        Args:
+            hidden_states: `[B, N, C]`, whole texts without padding.
+            position_embeddings: as the base model hands them over.
+
+        Raises:
+            NotImplementedError: as `spec`.
+        """
+        raise NotImplementedError(
+            f'mechanism "{self.mechanism}" is not written in the specification language.'
+        )
 
 
 def check_arguments(layer: str, **kwargs: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -16,6 +16,9 @@ from undivided.layers._base import (
 )
 from undivided.layers.rotary import PositionEmbeddings, apply_rotary, rotary_tables
 from undivided.ops import dense_attention
+
+if TYPE_CHECKING:
+    from undivided.spec import AttentionSpec
 
 
 class GQAttention(CausalAttention):
@@ -83,18 +86,31 @@ class GQAttention(CausalAttention):
         past_key_values: Any | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        check_arguments("gqa", **kwargs)
+        check_arguments(self.mechanism, **kwargs)
+        query, key, value = self.heads(hidden_states, position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = filled_keys(attention_mask, past_key_values, self.layer_idx, key, value)
+        out = self.attend(query, key, value, additive_or_boolean(attention_mask, key.shape[2]))
+        return self.o_proj(out.transpose(1, 2).flatten(2)), None
+
+    def heads(
+        self, hidden_states: torch.Tensor, position_embeddings: PositionEmbeddings | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns query, key and value `[B, heads, N, head_dim]`, with rotary positions."""
         query, key, value = (
             projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         cos, sin = rotary_tables(position_embeddings)
         query, key = (apply_rotary(x, cos, sin, interleaved=False) for x in (query, key))
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-            key, value = filled_keys(attention_mask, past_key_values, self.layer_idx, key, value)
-        mask = additive_or_boolean(attention_mask, key.shape[2])
-        out = cast(
+        return query, key, value
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Returns the outputs of the heads, `[B, H, N, head_dim]`; causal where there is no mask."""
+        return cast(
             torch.Tensor,
             dense_attention(
                 query,
@@ -106,4 +122,15 @@ class GQAttention(CausalAttention):
                 softcap=self.softcap,
             ),
         )
-        return self.o_proj(out.transpose(1, 2).flatten(2)), None
+
+    @property
+    def spec(self) -> AttentionSpec:
+        from undivided.spec.systems import gqa
+
+        return gqa(self.num_key_value_heads, self.scale, self.softcap)
+
+    def spec_inputs(
+        self, hidden_states: torch.Tensor, position_embeddings: PositionEmbeddings | None
+    ) -> dict[str, torch.Tensor]:
+        query, key, value = self.heads(hidden_states, position_embeddings)
+        return {"query": query, "key": key, "value": value}
