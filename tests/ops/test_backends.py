@@ -32,7 +32,8 @@ def test_an_explicit_backend_is_refused_with_its_reasons_and_the_able_ones():
 
 def test_an_unknown_backend_lists_those_that_exist():
     with pytest.raises(
-        ValueError, match='backend=\'fast\' is not one of "auto", "sdpa", "flex", "reference"'
+        ValueError,
+        match='backend=\'fast\' is not one of "auto", "triton", "flash", "local", "sdpa", "flex", "ref',
     ):
         dense_attention(*qkv(), backend="fast")
 

@@ -62,6 +62,102 @@ def test_sdpa_is_as_accurate_as_eager(shape, options, dtype):
     compare_op(call("sdpa", **options), reference, reference, inputs(**shape), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("queries", "keys", "window"),
+    [(7, 7, 3), (200, 200, 20), (130, 333, 70), (150, 100, 33), (1, 50, 8), (64, 129, 64), (65, 66, 1)],
+)
+def test_blocks_of_a_window_are_as_accurate_as_eager_with_its_mask(queries, keys, window, dtype, device):
+    x = {name: t.to(device) for name, t in inputs(queries=queries, keys=keys, value_dim=8).items()}
+    local = call("local", is_causal=True, window=window)
+    reference = call("reference", is_causal=True, window=window)
+    compare_op(local, reference, reference, x, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("queries", "keys", "window", "head_dim"),
+    [(7, 7, 3, 16), (300, 300, 128, 16), (130, 333, 70, 64), (1, 500, 8, 128), (65, 66, 1, 40)],
+)
+def test_flash_kernels_in_a_window_are_as_accurate_as_eager_with_its_mask(queries, keys, window, head_dim):
+    sizes = {"queries": queries, "keys": keys, "head_dim": head_dim, "value_dim": head_dim}
+    x = {name: t.cuda() for name, t in inputs(**sizes).items()}
+    flash = call("flash", is_causal=True, window=window)
+    reference = call("reference", is_causal=True, window=window)
+    compare_op(flash, reference, reference, x, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(7, 7), (3, 9), (1, 9)])
+def test_flash_kernels_get_packed_sequences_and_the_window(queries, keys, monkeypatch):
+    from undivided.ops.dense import flash
+
+    def one_by_one(query, key, value, starts, key_starts, most, most_keys, *, scale, window_size, **options):
+        assert (most, most_keys, window_size, starts.dtype) == (queries, keys, (2, 0), torch.int32)
+        outs = []
+        for i in range(len(starts) - 1):
+            rows, columns = slice(starts[i], starts[i + 1]), slice(key_starts[i], key_starts[i + 1])
+            q, k, v = (x.transpose(0, 1)[None] for x in (query[rows], key[columns], value[columns]))
+            out = dense_attention(q, k, v, is_causal=True, window=3, scale=scale, backend="reference")
+            outs.append(out[0].transpose(0, 1))
+        return torch.cat(outs)
+
+    monkeypatch.setattr(flash, "varlen_attn", one_by_one)
+    x = inputs(queries=queries, keys=keys) | {"scale": 0.7}
+    out = flash.attend(**x, attn_mask=None, is_causal=True, window=3, softcap=None, return_lse=False)
+    expected = dense_attention(**x, is_causal=True, window=3, backend="reference")
+    torch.testing.assert_close(out, expected)
+
+
+def test_flash_kernels_say_what_they_cannot_run(monkeypatch):
+    from undivided.ops.dense import flash
+
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match='backend "flash" cannot run this: there is no CUDA device'):
+            dense_attention(**inputs(), is_causal=True, window=3, backend="flash")
+    monkeypatch.setattr(flash, "availability", list)
+    x = inputs(queries=9, head_dim=12, value_dim=20)
+    mask = torch.ones(9, 7, dtype=torch.bool)
+    found = flash.reasons(
+        **x, attn_mask=mask, is_causal=True, window=None, scale=1.0, softcap=2.0, return_lse=True
+    )
+    assert found == [
+        "query is on cpu",
+        "window is None (without one scaled_dot_product_attention has the same kernels)",
+        "attn_mask is given",
+        "softcap is given",
+        "return_lse is True",
+        "query is torch.float64 (needs float16 or bfloat16)",
+        "head_dim is 12 and value_dim 20 (needs the same, a multiple of 8 up to 256)",
+        "there are more queries than keys",
+    ]
+
+
+def test_a_window_is_taken_in_blocks_unless_it_reaches_all_keys_or_something_else_is_asked_for():
+    x = inputs()
+    for options, reason in (
+        ({}, "window is None"),
+        ({"is_causal": True, "window": 7}, "window is None"),
+        ({"is_causal": True, "window": 3, "return_lse": True}, "return_lse is True"),
+        ({"is_causal": True, "window": 3, "softcap": 2.0}, "softcap is 2.0"),
+        (
+            {"is_causal": True, "window": 3, "attn_mask": torch.ones(7, 7, dtype=torch.bool)},
+            "attn_mask is given",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f'backend "local" cannot run this: {reason}'):
+            dense_attention(**x, **options, backend="local")
+        out = dense_attention(**x, **options)
+        torch.testing.assert_close(out, dense_attention(**x, **options, backend="reference"))
+
+
+def test_a_step_of_decoding_reads_the_window_and_not_the_cache_before_it():
+    x = inputs(queries=2, keys=40)
+    keep = torch.arange(40)[:, None] >= 40 - 2 - 3
+    poisoned = {name: poison_padding(t, keep) if name != "query" else t for name, t in x.items()}
+    local = call("local", is_causal=True, window=3)
+    torch.testing.assert_close(local(**poisoned), local(**x))
+
+
 @pytest.mark.parametrize("kind", ["boolean", "bias"])
 def test_masks_and_biases_are_added_to_causality(kind):
     x = inputs(queries=6, keys=6)
@@ -107,11 +203,12 @@ def test_softcap_bounds_the_logits():
 @pytest.mark.parametrize("backend", [b.name for b in BACKENDS if "cpu" in b.automatic])
 def test_strides_batch_mates_and_masked_nan_do_not_matter(backend):
     x = inputs(dtype=torch.float32)
-    out = dense_attention(**x, is_causal=True, backend=backend)
+    options = {"is_causal": True, "window": 3 if backend == "local" else None, "backend": backend}
+    out = dense_attention(**x, **options)
     strided = {name: poison_surroundings(tensor) for name, tensor in x.items()}
-    torch.testing.assert_close(dense_attention(**strided, is_causal=True, backend=backend), out)
+    torch.testing.assert_close(dense_attention(**strided, **options), out)
     alone = {name: tensor[1:] for name, tensor in x.items()}
-    torch.testing.assert_close(dense_attention(**alone, is_causal=True, backend=backend), out[1:])
+    torch.testing.assert_close(dense_attention(**alone, **options), out[1:])
 
 
 def test_causal_output_does_not_read_nan_of_the_future_in_logits():

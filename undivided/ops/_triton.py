@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-# None of these changes within a process, and torch.compile could not look into them.
+# None of these changes within a process, and torch.compile could not look into them. They return words and truth
+# values: torch.compile of torch 2.11 cannot compare a constant tuple.
 
 
 @torch.compiler.assume_constant_result
@@ -16,9 +17,21 @@ def interprets() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def capability(index: int | None) -> tuple[int, int]:
-    """The compute capability of a CUDA device."""
-    return torch.cuda.get_device_capability(index)
+def capability(index: int | None) -> str:
+    """The compute capability of a CUDA device, such as "9.0"."""
+    return ".".join(map(str, torch.cuda.get_device_capability(index)))
+
+
+@torch.compiler.assume_constant_result
+def has_capability(index: int | None, major: int, minor: int) -> bool:
+    """Whether a CUDA device has at least this compute capability."""
+    return torch.cuda.get_device_capability(index) >= (major, minor)
+
+
+@torch.compiler.assume_constant_result
+def is_hopper(index: int | None) -> bool:
+    """Whether a CUDA device is of compute capability 9.0, for which there are kernels of their own."""
+    return torch.cuda.get_device_capability(index) == (9, 0)
 
 
 @torch.compiler.assume_constant_result
@@ -39,6 +52,6 @@ def hopper_availability() -> list[str]:
     found = availability()
     if not found and not torch.cuda.is_available():
         return ["there is no CUDA device"]
-    if not found and capability(None) != (9, 0):
-        return [f"the compute capability is {'.'.join(map(str, capability(None)))} (needs 9.0)"]
+    if not found and not is_hopper(None):
+        return [f"the compute capability is {capability(None)} (needs 9.0)"]
     return found

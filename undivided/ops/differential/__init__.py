@@ -6,7 +6,7 @@ import torch
 
 from undivided.ops import _rules
 from undivided.ops._backends import Backend, select
-from undivided.ops._triton import availability, capability, hopper_availability, interprets
+from undivided.ops._triton import availability, hopper_availability, interprets, is_hopper
 from undivided.ops.differential import autograd, composed, reference
 
 
@@ -75,7 +75,7 @@ def _gluon_reasons(**arguments) -> list[str]:
         found.append('query has few rows, for which keys are split (backend "triton" does)')
     if query.device.type != "cuda":
         found.append(f"query is on {query.device.type}")
-    elif capability(query.device.index) != (9, 0):
+    elif not is_hopper(query.device.index):
         found.append("the device is not of compute capability 9.0")
     return found
 
