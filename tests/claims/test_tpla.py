@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from tests.tiny import VOCAB_SIZE, tiny_model, tiny_text, tiny_tokenizer
-from undivided.claims import _latent_decode, tpla
-from undivided.claims._latent_decode import Model, Rank, decode_rows
+from undivided.claims import tpla
 
 
 def study(seed: int = 0) -> tpla.Study:
@@ -69,21 +68,3 @@ def test_moments_are_collected_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.equal(
         first.attention_layers()[0].kv_b_proj.weight, second.attention_layers()[0].kv_b_proj.weight
     )
-
-
-def test_decode_rows_hold_the_ranks_against_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    ceilings = _latent_decode.measured_ceilings("cpu")
-    monkeypatch.setattr(_latent_decode, "measured_ceilings", lambda device: ceilings)
-    monkeypatch.setattr(_latent_decode, "POINTS", ((1, 64),))
-    model = Model("tiny", Rank(2, 32), Rank(4, 16), 1.0)
-    rows = list(decode_rows("cpu", quick=False, models=(model,), dtype=torch.float32))
-    assert [row.baseline_name for row in rows] == ["MLA", "MLA through torch SDPA", "large copy"]
-    assert all(row.holds is None for row in rows)
-    assert rows[0].ours == rows[1].ours
-
-
-def test_bytes_of_a_rank_are_those_of_its_cache_queries_and_outputs() -> None:
-    # DeepSeek-V3 at two ranks: 576 numbers a token for MLA, 320 for TPLA.
-    ranks = Rank(64, 512), Rank(128, 256)
-    mla, shard = (rank.bytes_moved(1, 10**6, torch.bfloat16) for rank in ranks)
-    assert mla / shard == pytest.approx(576 / 320, rel=1e-3)

@@ -7,7 +7,14 @@ from __future__ import annotations
 
 import torch
 
-from undivided.ops._triton import availability, capability, hopper_availability, interprets
+from undivided.ops._triton import (
+    availability,
+    capability,
+    has_capability,
+    hopper_availability,
+    interprets,
+    is_hopper,
+)
 
 _ARGUMENTS = (
     "(Tensor query_latent, Tensor? query_rope, Tensor latent, Tensor? rope_key, float scale, "
@@ -100,7 +107,7 @@ def triton_reasons(
         found.append(f"query_latent is on {device.type}")
     elif interpreted and dtype == torch.bfloat16:
         found.append("query_latent is bfloat16 (Triton's interpreter multiplies it wrongly)")
-    elif not interpreted and capability(device.index) < (8, 9 if latent_scale is not None else 0):
+    elif not interpreted and not has_capability(device.index, 8, 9 if latent_scale is not None else 0):
         found.append(f"compute capability {capability(device.index)} is too low (8.0; 8.9 for an fp8 cache)")
     if dtype not in (torch.float16, torch.bfloat16) and not (interpreted and dtype == torch.float32):
         found.append(f"query_latent is {_name(dtype)} (needs float16 or bfloat16)")
@@ -123,7 +130,7 @@ def gluon_reasons(
     device, dtype = query_latent.device, query_latent.dtype
     if device.type != "cuda":
         found.append(f"query_latent is on {device.type}")
-    elif capability(device.index) != (9, 0):
+    elif not is_hopper(device.index):
         found.append(f"compute capability is {capability(device.index)} (needs 9.0)")
     if dtype not in (torch.float16, torch.bfloat16):
         found.append(f"query_latent is {_name(dtype)} (needs float16 or bfloat16)")
