@@ -1,7 +1,8 @@
 """TransMLA: what a smaller cache costs SmolLM2-135M without training, and what each step is worth.
 
 The paper's models have 4 to 32 key heads a layer to find common axes in. SmolLM2-135M has 3, so it loses more
-at the same ratio; what can be compared is the method against itself with a step left out.
+at the same ratio; what can be compared is the method against itself with a step left out. On CUDA the throughput of
+LLaMA-2-7B's shapes is measured with random weights, and that of SmolLM2-135M by this library's engine.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from undivided.claims._harness import Claim, Row, measured
+from undivided.claims._harness import Claim, Measure, Row, all_of, measured
 from undivided.convert._merged_heads import all_key_axes, key_axes, key_moments, merge_heads
 from undivided.convert.pipeline import calibration_ids
 from undivided.convert.transmla import compress_layers, convert_transmla, latent_moments
@@ -28,6 +29,7 @@ _ROPE_DIM = 32
 # Of 2 * 3 * 64 = 384 numbers a token and layer: halves, the paper's -68.75 %, and a quarter.
 _TOTALS = (192, 120, 96)
 _ABLATED = 120
+_HEALED_FOLD = 4
 
 
 @dataclass
@@ -126,10 +128,35 @@ def gate(device: str) -> None:
         assert_as_accurate(uncut(ids).logits, partial, exact, factor=2.0, name="full width")
 
 
-def measure(device: str, quick: bool) -> Iterator[Row]:
-    """Perplexities of the stages, of three sizes of the cache, and of the method without one of its steps."""
+def _throughput(device: str, quick: bool) -> Iterator[Row]:
+    """Yields tokens a second of LLaMA-2-7B's shapes, and of the demo model in the engine, on a GPU."""
+    if device == "cpu":
+        return
+    from undivided.claims._end_to_end import transmla_rows
+
+    yield from transmla_rows(quick)
+
+
+def _healing(device: str, quick: bool) -> Iterator[Row]:
+    """Yields what distillation gives back of the smallest cache's loss, on a GPU."""
+    if device == "cpu":
+        return
+    from undivided.claims._healing import healed_mla
+
+    runs, tokens = study(device, quick), 500_000 if quick else 6_000_000
+    model = runs.compressions(_ROPE_DIM, _HEALED_FOLD)(_ABLATED - _ROPE_DIM)
+    shape = f"{_ABLATED - _ROPE_DIM} + {_ROPE_DIM} of 384 cached numbers, fold {_HEALED_FOLD}"
+    yield from healed_mla(runs, model, f"{_where(runs)}; {shape}", tokens)
+
+
+def _where(runs: Study) -> str:
+    return f"SmolLM2-135M-Instruct, float32, {2 * runs.tokens} held-out tokens in blocks of 2048"
+
+
+def _perplexity(device: str, quick: bool) -> Iterator[Row]:
+    """Yields perplexities of the stages, of three sizes of the cache, and of the method without one of its steps."""
     runs = study(device, quick)
-    where = f"SmolLM2-135M-Instruct, float32, {2 * runs.tokens} held-out tokens in blocks of 2048"
+    where = _where(runs)
     original = runs.perplexity(runs.source.model)
 
     def row(what: str, shape: str, ours: float, name: str, baseline: float, bar: float | None = None) -> Row:
@@ -170,13 +197,9 @@ def measure(device: str, quick: bool) -> Iterator[Row]:
     for name, model in left_out.items():
         what = f"MLA, no training, against the method {name}"
         yield row(what, shape, found[_ABLATED], name, runs.perplexity(model), 1.0)
-    if device == "cuda":
-        from undivided.claims._healing import healed_mla
-
-        tokens = 500_000 if quick else 8_000_000
-        yield from healed_mla(runs, method(latent_dim), f"{where}; {shape}", tokens)
 
 
+_PARTS: dict[str, Measure] = {"perplexity": _perplexity, "throughput": _throughput, "healing": _healing}
 CLAIM = Claim(
     slug="transmla",
     source="arXiv 2502.07864, experiments without training; model table of the authors' repository",
@@ -187,8 +210,11 @@ CLAIM = Claim(
         "512 + 64 cached numbers: 9.75, 16.34, 16.14; Qwen2.5-7B, 448 + 128: 6.85, 7.31, 7.98; "
         "Mistral-7B-v0.3, 448 + 128: 5.32, 5.59, 7.03.",
         "The best fold is 4 or 8 for every model of the table, never 1.",
+        "LLaMA-2-7B with a cache 92.97 % smaller, vLLM, 8K context, a card of 40 GB: 218.51 and 1118.18 tokens/s "
+        "(5.1x); up to 10.6x on a card of 24 GB.",
     ),
     gate=gate,
-    measure=measure,
+    measure=all_of(_PARTS),
+    parts=_PARTS,
     devices=("cpu", "cuda"),
 )

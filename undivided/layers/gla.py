@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from undivided.layers.latent import LatentAttention, grouped_latent_attention, split_latent
+from undivided.layers.paged import PagedRows
+
+if TYPE_CHECKING:
+    from undivided.layers.rotary import PositionEmbeddings
+    from undivided.spec import AttentionSpec
 
 
 class GLAttention(LatentAttention):
@@ -54,9 +59,12 @@ class GLAttention(LatentAttention):
     def normalise(self, latent: torch.Tensor, exact: bool) -> torch.Tensor:
         if isinstance(self.kv_a_layernorm, nn.Identity):
             return latent
+        return self.kv_a_layernorm(latent, self.shard_energies())
+
+    def shard_energies(self) -> torch.Tensor:
         # Scaled by the number of groups, the energy of one group stands for the whole: each is normalised alone.
         groups = self.num_latent_heads
-        return self.kv_a_layernorm(latent, latent.new_full((groups,), groups, dtype=torch.float32))
+        return self.kv_b_proj.weight.new_full((groups,), groups, dtype=torch.float32)
 
     def attend(
         self,
@@ -72,3 +80,25 @@ class GLAttention(LatentAttention):
             query_nope, query_rope, split_latent(latent, self.num_latent_heads), rope_key, up_key, up_value,
             scale=self.scale, softcap=self.softcap, attention_mask=attention_mask,
         )  # fmt: skip
+
+    def attend_rows(
+        self, query_nope: torch.Tensor, query_rope: torch.Tensor, rows: PagedRows
+    ) -> torch.Tensor:
+        up_key, up_value = self.up_projections()
+        latent, rope_key = rows.parts(self.latent_dim)
+        return grouped_latent_attention(
+            query_nope, query_rope, split_latent(latent, self.num_latent_heads), rope_key, up_key, up_value,
+            scale=self.scale, softcap=self.softcap, rows=rows, backend=rows.backend,
+        )  # fmt: skip
+
+    @property
+    def spec(self) -> AttentionSpec:
+        from undivided.spec.systems import gla
+
+        return gla(self.num_latent_heads, self.nope_dim, self.rope_dim, self.scale, self.softcap)
+
+    def spec_inputs(
+        self, hidden_states: torch.Tensor, position_embeddings: PositionEmbeddings | None
+    ) -> dict[str, torch.Tensor]:
+        named = super().spec_inputs(hidden_states, position_embeddings)
+        return named | {"latent": split_latent(named["latent"], self.num_latent_heads)}

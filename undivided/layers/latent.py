@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from undivided.layers._base import CausalAttention, additive_or_boolean, check_arguments, filled_keys
+from undivided.layers.paged import PagedRows, paged_rows
 from undivided.layers.rotary import PositionEmbeddings, apply_rotary, rotary_tables
-from undivided.ops import dense_attention, latent_attention
+from undivided.ops import append_latent, dense_attention, latent_attention
+
+if TYPE_CHECKING:
+    from undivided.spec import AttentionSpec
 
 
 class LatentNorm(nn.Module):
@@ -41,6 +45,9 @@ class LatentNorm(nn.Module):
         reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Normalises `[..., width]`; `reduce` sums the energy over the ranks that hold the rest of the latent."""
+        whole = shard_scale is None and reduce is None and latent.shape[-1] == self.dim
+        if whole and latent.dtype == self.weight.dtype:
+            return nn.functional.rms_norm(latent, (self.dim,), self.weight, self.eps)
         wide = latent.to(torch.promote_types(latent.dtype, torch.float32))
         shards = wide.unflatten(-1, (1 if shard_scale is None else len(shard_scale), -1))
         energy = shards.pow(2).sum(dim=-1, keepdim=True)
@@ -159,16 +166,23 @@ class LatentAttention(CausalAttention):
         """Rotates `[B, heads, N, rope_dim]` by this layer's selection of the base model's frequencies."""
         if self.rope_dim == 0:
             return x
-        cos, sin = (
-            table[..., :: self.rope_stride].repeat(1, 1, self.rope_repeats)
-            for table in rotary_tables(position_embeddings)
-        )
+        return apply_rotary(x, *self.selected_tables(position_embeddings), self.rope_interleaved)
+
+    def selected_tables(
+        self, position_embeddings: PositionEmbeddings | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns cos and sin `[B, N, rope_dim / 2]` of this layer's selection of the base model's frequencies."""
+        cos, sin = rotary_tables(position_embeddings)
+        if self.rope_stride > 1:
+            cos, sin = cos[..., :: self.rope_stride], sin[..., :: self.rope_stride]
+        if self.rope_repeats > 1:
+            cos, sin = (x.repeat(1, 1, self.rope_repeats) for x in (cos, sin))
         if 2 * cos.shape[-1] != self.rope_dim:
             raise ValueError(
                 f"rope_dim={self.rope_dim} does not fit the base model's rotary frequencies: rope_stride="
                 f"{self.rope_stride} and rope_repeats={self.rope_repeats} select {2 * cos.shape[-1]} dimensions."
             )
-        return apply_rotary(x, cos, sin, self.rope_interleaved)
+        return cos, sin
 
     def normalise(self, latent: torch.Tensor, exact: bool) -> torch.Tensor:
         """Normalises `[B, N, latent_dim]`; `exact` is meant for layers whose normalisation approximates another."""
@@ -190,6 +204,40 @@ class LatentAttention(CausalAttention):
             scale=self.scale, softcap=self.softcap, attention_mask=attention_mask,
         )  # fmt: skip
 
+    def shard_energies(self) -> torch.Tensor | None:
+        """Returns the factor of each shard's energy in the normalisation of a decoding step; None for no shards."""
+        return None
+
+    def attend_rows(
+        self, query_nope: torch.Tensor, query_rope: torch.Tensor, rows: PagedRows
+    ) -> torch.Tensor:
+        """As `attend`, for the last rows of sequences whose cache is in pages."""
+        up_key, up_value = self.up_projections()
+        return grouped_latent_attention(
+            query_nope, query_rope, *rows.parts(self.latent_dim), up_key, up_value,
+            scale=self.scale, softcap=self.softcap, rows=rows, backend=rows.backend,
+        )  # fmt: skip
+
+    def decode(
+        self, hidden_states: torch.Tensor, position_embeddings: PositionEmbeddings | None, rows: PagedRows
+    ) -> torch.Tensor:
+        """Returns `[B, N, C]` for the next tokens of sequences whose cache is in pages, and adds their rows to it."""
+        query_nope, query_rope = self.queries(hidden_states).split([self.nope_dim, self.rope_dim], dim=-1)
+        cos = sin = None
+        if self.rope_dim > 0:
+            cos, sin = self.selected_tables(position_embeddings)
+            query_rope = apply_rotary(query_rope, cos, sin, self.rope_interleaved)
+        normalised = isinstance(self.kv_a_layernorm, LatentNorm)
+        append_latent(
+            self.kv_a_proj_with_mqa(hidden_states), cos, sin,
+            self.kv_a_layernorm.weight if normalised else None, rows.cache, rows.lengths,
+            eps=self.kv_a_layernorm.eps if normalised else 0.0, interleaved=self.rope_interleaved,
+            block_table=rows.block_table, counts=rows.counts,
+            shard_scale=self.shard_energies() if normalised else None,
+            backend="reference" if rows.backend == "reference" else "auto",
+        )  # fmt: skip
+        return self.project_output(self.attend_rows(query_nope, query_rope, rows))
+
     def project_output(self, heads: torch.Tensor) -> torch.Tensor:
         """Returns `[B, N, C]` from the heads' outputs `[B, H, N, value_dim]`."""
         return self.o_proj(heads.transpose(1, 2).flatten(2))
@@ -209,19 +257,50 @@ class LatentAttention(CausalAttention):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         check_arguments(self.mechanism, **kwargs)
+        rows = paged_rows(past_key_values, self.layer_idx)
+        if rows is not None:
+            return self.decode(hidden_states, position_embeddings, rows), None
         exact = self.is_exact(past_key_values)
-        query_nope, query_rope = self.queries(hidden_states).split([self.nope_dim, self.rope_dim], dim=-1)
-        latent, rope_key = self.kv_a_proj_with_mqa(hidden_states).split(
-            [self.latent_dim, self.rope_dim], dim=-1
-        )
-        latent = self.normalise(latent, exact)[:, None]
-        query_rope = self.rotate(query_rope, position_embeddings)
-        rope_key = self.rotate(rope_key[:, None], position_embeddings)
+        query_nope, query_rope, latent, rope_key = self.projected(hidden_states, position_embeddings, exact)
         if past_key_values is not None:
             latent, rope_key = past_key_values.update(latent, rope_key, self.layer_idx)
             latent, rope_key = filled_keys(attention_mask, past_key_values, self.layer_idx, latent, rope_key)
         mask = additive_or_boolean(attention_mask, latent.shape[2])
         return self.project_output(self.attend(query_nope, query_rope, latent, rope_key, mask, exact)), None
+
+    def projected(
+        self, hidden_states: torch.Tensor, position_embeddings: PositionEmbeddings | None, exact: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns both parts of the queries `[B, H, N, .]`, the normalised latent and the rope key `[B, 1, N, .]`."""
+        query_nope, query_rope = self.queries(hidden_states).split([self.nope_dim, self.rope_dim], dim=-1)
+        latent, rope_key = self.kv_a_proj_with_mqa(hidden_states).split(
+            [self.latent_dim, self.rope_dim], dim=-1
+        )
+        query_rope = self.rotate(query_rope, position_embeddings)
+        rope_key = self.rotate(rope_key[:, None], position_embeddings)
+        return query_nope, query_rope, self.normalise(latent, exact)[:, None], rope_key
+
+    @property
+    def spec(self) -> AttentionSpec:
+        from undivided.spec.systems import mla
+
+        return mla(1, self.nope_dim, self.rope_dim, self.scale, self.softcap)
+
+    def spec_inputs(
+        self, hidden_states: torch.Tensor, position_embeddings: PositionEmbeddings | None
+    ) -> dict[str, torch.Tensor]:
+        query, query_rope, latent, rope_key = self.projected(
+            hidden_states, position_embeddings, self.is_exact(None)
+        )
+        up_key, up_value = self.up_projections()
+        named = {
+            "query": query, "query_rope": query_rope, "latent": latent, "rope_key": rope_key,
+            "key_up": up_key, "value_up": up_value.transpose(1, 2),
+        }  # fmt: skip
+        # Without rotary, or without other dimensions the specification has no such term.
+        absent = {"query_rope", "rope_key"} if self.rope_dim == 0 else set()
+        absent |= {"query", "key_up"} if self.nope_dim == 0 else set()
+        return {name: tensor for name, tensor in named.items() if name not in absent}
 
 
 def grouped_latent_attention(
@@ -235,6 +314,7 @@ def grouped_latent_attention(
     scale: float,
     softcap: float | None = None,
     attention_mask: torch.Tensor | None = None,
+    rows: PagedRows | None = None,
     form: str = "auto",
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -254,7 +334,8 @@ def grouped_latent_attention(
         scale: factor of the logits.
         softcap: bound of the logits; default none.
         attention_mask: broadcasts to `[B, H, N, M]`; default causal, aligned bottom right.
-        form: "expanded", "absorbed", or "auto": the one with fewer multiplications.
+        rows: where the cache is in pages: latent and rope key are views of its pool, `[pages, G or 1, page_size, .]`.
+        form: "expanded", "absorbed", or "auto": the one with fewer multiplications; a cache in pages is absorbed.
         backend: of the operator underneath.
 
     Returns:
@@ -264,7 +345,9 @@ def grouped_latent_attention(
     """
     groups, num_queries, num_keys = latent.shape[1], query_nope.shape[2], latent.shape[2]
     causal = attention_mask is None
-    if form == "auto":
+    if form == "auto" and rows is not None:
+        form = "absorbed"
+    elif form == "auto":
         form = _cheaper_form(num_queries, num_keys, up_key, up_value)
     if form == "absorbed":
         absorbed = torch.einsum("bhnd,hdr->bhnr", query_nope, up_key)
@@ -272,10 +355,14 @@ def grouped_latent_attention(
         out = latent_attention(
             absorbed, query_rope if with_rope else None, latent, rope_key if with_rope else None,
             scale=scale, attn_mask=attention_mask, is_causal=causal, softcap=softcap, backend=backend,
+            cache_seqlens=None if rows is None else rows.filled,
+            block_table=None if rows is None else rows.block_table,
         )  # fmt: skip
         return torch.einsum("bhnr,hvr->bhnv", out, up_value)
     if form != "expanded":
         raise ValueError(f'form={form!r} is not one of "auto", "expanded", "absorbed".')
+    if rows is not None:
+        raise ValueError('form="expanded" does not attend over a cache in pages; use "absorbed" or "auto".')
     per_group = (groups, up_key.shape[0] // groups)
     key_nope = torch.einsum("bgmr,ghdr->bghmd", latent, up_key.unflatten(0, per_group)).flatten(1, 2)
     value = torch.einsum("bgmr,ghvr->bghmv", latent, up_value.unflatten(0, per_group)).flatten(1, 2)

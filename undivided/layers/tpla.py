@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from undivided.layers.latent import LatentAttention, grouped_latent_attention, split_latent
+from undivided.layers.paged import PagedRows
+
+if TYPE_CHECKING:
+    from undivided.layers.rotary import PositionEmbeddings
+    from undivided.spec import AttentionSpec
 
 
 class TPLAttention(LatentAttention):
@@ -86,15 +91,68 @@ class TPLAttention(LatentAttention):
     ) -> torch.Tensor:
         if exact or self.softmax == "exact":
             return super().attend(query_nope, query_rope, latent, rope_key, attention_mask, exact)
+        return self._attend_shards(
+            query_nope, query_rope, latent, rope_key, _repeat_heads(attention_mask, self.num_shards), None
+        )
+
+    def shard_energies(self) -> torch.Tensor | None:
+        return None if self.norm == "exact" else self.norm_scale
+
+    def attend_rows(
+        self, query_nope: torch.Tensor, query_rope: torch.Tensor, rows: PagedRows
+    ) -> torch.Tensor:
+        if self.softmax == "exact":
+            return super().attend_rows(query_nope, query_rope, rows)
+        return self._attend_shards(query_nope, query_rope, *rows.parts(self.latent_dim), None, rows)
+
+    def _attend_shards(
+        self,
+        query_nope: torch.Tensor,
+        query_rope: torch.Tensor,
+        latent: torch.Tensor,
+        rope_key: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        rows: PagedRows | None,
+    ) -> torch.Tensor:
         up_key, up_value = (_shard_heads(up, self.num_shards) for up in self.up_projections())
         shard_scale = self.logit_scale.to(query_nope.dtype)[:, :, None, None]
         out = grouped_latent_attention(
             (query_nope[:, None] * shard_scale).flatten(1, 2),
             query_rope.repeat(1, self.num_shards, 1, 1),
             split_latent(latent, self.num_shards), rope_key, up_key, up_value,
-            scale=self.scale, softcap=self.softcap, attention_mask=_repeat_heads(attention_mask, self.num_shards),
+            scale=self.scale, softcap=self.softcap, attention_mask=attention_mask, rows=rows,
+            backend="auto" if rows is None else rows.backend,
         )  # fmt: skip
         return out.unflatten(1, (self.num_shards, self.num_heads)).sum(dim=1)
+
+    @property
+    def spec(self) -> AttentionSpec:
+        """That of a forward without a cache: MLA's where logits are summed or prompts are read exactly.
+
+        Decoding after an exact prompt is the sliced form, on rows that were normalised exactly.
+        """
+        from undivided.spec.systems import tpla
+
+        if self.softmax == "exact" or self.is_exact(None):
+            return super().spec
+        return tpla(self.num_shards, self.nope_dim, self.rope_dim, self.scale, self.softcap)
+
+    def spec_inputs(
+        self, hidden_states: torch.Tensor, position_embeddings: PositionEmbeddings | None
+    ) -> dict[str, torch.Tensor]:
+        named = super().spec_inputs(hidden_states, position_embeddings)
+        if self.softmax == "exact" or self.is_exact(None):
+            return named
+        latent, up_value = named.pop("latent"), named.pop("value_up")
+        up_key = named.pop("key_up", None)
+        for shard, part in enumerate(split_latent(latent, self.num_shards).unbind(1)):
+            columns = slice(shard * part.shape[-1], (shard + 1) * part.shape[-1])
+            named[f"latent_{shard}"] = part[:, None]
+            named[f"value_up_{shard}"] = up_value[:, columns]
+            if up_key is not None:
+                factor = self.logit_scale[shard].to(up_key.dtype)[:, None, None]
+                named[f"key_up_{shard}"] = factor * up_key[:, :, columns]
+        return named
 
 
 def _shard_heads(up: torch.Tensor, num_shards: int) -> torch.Tensor:
