@@ -72,6 +72,19 @@ def test_an_exact_conversion_has_nothing_to_learn_layer_by_layer(tmp_path):
     assert read_log(tmp_path / "log.jsonl")[0]["loss"] < 1e-20
 
 
+def test_losses_that_layers_return_are_learned_from_too(tmp_path):
+    from undivided.convert.moh import convert_moh
+
+    losses = []
+    for number, coefficient in enumerate((0.0, 5.0)):
+        model, _ = convert_moh(tiny_llama(), shared_heads=1, top_k=1)
+        for layer in model.attention_layers():
+            layer.auxiliary_coefficients = {"balance": coefficient}
+        heal(model, tiny_llama(), sequences(), tmp_path / str(number), replace(RECIPE, tokens=64))
+        losses.append(read_log(tmp_path / str(number) / "log.jsonl")[0]["loss"])
+    assert losses[1] > losses[0] + 4.0
+
+
 def test_teacher_is_left_as_it_was(tmp_path):
     model, teacher = pair()
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 from undivided.layers import causal_attention
 from undivided.layers._base import CausalAttention
+from undivided.models.auxiliary import AuxiliaryOutput, collected, mean_losses
 from undivided.models.configuration import UndividedConfig
 
 
@@ -107,8 +108,13 @@ class UndividedForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> Any:
-        """Runs the base model; arguments and outputs are those of the native causal language model."""
-        return self.native(
+        """Runs the base model; arguments and outputs are those of the native causal language model.
+
+        Where layers return losses beside their output, which they do when training, the output has `aux_losses`, name
+        to mean over layers, and `aux_loss`, their weighted sum, which `loss` includes if there are labels. (With
+        `return_dict=False` only the loss tells.)
+        """
+        arguments = dict(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -119,6 +125,23 @@ class UndividedForCausalLM(PreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+        layers = [
+            layer
+            for layer in self.attention_layers()
+            if layer.training and getattr(layer, "has_auxiliary", False)
+        ]
+        if not layers:
+            return self.native(**arguments)
+        with collected(layers) as found:
+            output = self.native(**arguments)
+        means, total = mean_losses(found)
+        if not means:
+            return output
+        if isinstance(output, tuple):
+            return output if labels is None else (output[0] + total.to(output[0].device), *output[1:])
+        if labels is not None:
+            output["loss"] = output["loss"] + total.to(output["loss"].device)
+        return AuxiliaryOutput(**output, aux_losses=means, aux_loss=total)
 
 
 __all__ = ["UndividedForCausalLM"]

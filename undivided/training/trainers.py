@@ -66,8 +66,8 @@ class DistillationTrainer(_TaughtTrainer):
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
         given["output_hidden_states"] = self.features > 0
-        # Labels also ask the model for its auxiliary losses; they are in its loss, with their factors.
         out = model(**given, labels=ids if mask is None else ids.masked_fill(mask == 0, -100))
+        # What layers return beside their output is in the model's loss already; it counts whatever the weights.
         auxiliary = getattr(out, "aux_loss", None)
         loss = torch.zeros((), device=ids.device) if auxiliary is None else auxiliary
         if self.cross_entropy > 0:
