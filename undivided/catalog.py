@@ -131,14 +131,15 @@ SYSTEMS: tuple[System, ...] = (
         "Compressed Convolutional Attention: Efficient Attention in a Compressed Latent Space",
         2025, "2510.04476", "latent",
         "Runs the whole attention in a narrow latent: less prefill, training and cache.",
-        ("undivided.layers.cca",),
+        ("undivided.layers.cca", "undivided.ops.conv"), "partial", "official",
     ),
     System(
         6, "kdgqa", "KDGQA / DGQA / PGQA",
         "Beyond Uniform Query Distribution: Key-Driven Grouped Query Attention",
         2024, "2408.08454", "heads",
         "Gives more query heads to the key-value heads whose keys are larger, in vision GQA.",
-        ("undivided.layers.kdgqa", "undivided.convert.kdgqa"),
+        ("undivided.layers.kdgqa", "undivided.layers.pgqa", "undivided.layers.head_maps", "undivided.convert.kdgqa"),
+        "partial", "official",
     ),
     System(
         7, "gaam", "GAAM / DAAM",
@@ -225,7 +226,7 @@ SYSTEMS: tuple[System, ...] = (
         19, "moh", "MoH",
         "MoH: Multi-Head Attention as Mixture-of-Head Attention", 2024, "2410.11842", "heads",
         "Routes each token to a part of the heads, so that attention costs less at equal size.",
-        ("undivided.layers.moh", "undivided.convert.moh"),
+        ("undivided.layers.moh", "undivided.ops.routed", "undivided.convert.moh"), "partial", "official",
     ),
     System(
         20, "fsa", "FSA",
@@ -240,7 +241,7 @@ SYSTEMS: tuple[System, ...] = (
         "Reduction",
         2025, "2510.01817", "heads",
         "Keeps fewer query heads, so that training and prompt processing cost fewer operations.",
-        ("undivided.layers.sqa",),
+        ("undivided.layers.sqa", "undivided.convert.sqa", "undivided.cost.head_counts"), "works", "official",
     ),
     System(
         22, "hilo", "HiLo / LITv2",
@@ -349,7 +350,7 @@ SYSTEMS: tuple[System, ...] = (
         "Geometric Attention: A Regime-Explicit Operator Semantics for Transformer Attention",
         2026, "2601.11618", "theory",
         "Describes any attention by four declarations, so that mechanisms can be compared exactly.",
-        ("undivided.spec",), "partial", "paper",
+        ("undivided.spec", "undivided.ops.transport"), "works", "paper",
     ),
     System(
         38, "paint", "PAINT",

@@ -12,7 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.cli.conversion import ROOT, SIZES, prepare, run
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_config, tiny_text, tiny_tokenizer
+from undivided.convert.targets import TARGETS
+from undivided.models.causal_lm import UndividedForCausalLM
+from undivided.models.checkpoint import save_checkpoint
+from undivided.models.configuration import UndividedConfig
 from undivided.models.evaluation import perplexity
 
 
@@ -79,12 +83,15 @@ def test_tpla_from_grouped_queries_goes_through_mla_and_from_mla_does_not(capsys
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (("--to", "mqa"), "to='mqa' is not one of mla, tpla"),
-        (("--to", "mla", "--shards", "2"), 'to="mla" takes no num_shards; these are options of "tpla"'),
+        (("--to", "mqa"), "to='mqa' is not one of mla, tpla, gqa"),
+        (("--to", "mla", "--shards", "2"), 'takes no num_shards; num_shards is an option of "tpla"'),
+        (("--to", "gda-grow"), 'to="gda-grow" takes no calibration: no activations decide this conversion'),
         (("--to", "mla", "--latent-dim", "500", "--rope-dim", "4"), "latent_dim=500"),
         (("--to", "mla", "--latent-dim", "16", "--rope-dim", "3"), "rope_dim=3"),
         (("--to", "mla", "--latent-dim", "16", "--rope-dim", "4", "--freqfold", "3"), "freqfold=3"),
         (("--to", "mla", "--freqfold", "many"), '--freqfold many is neither "auto" nor a number'),
+        (("--to", "gqa", "--pool", "mean"), 'to="gqa" needs num_key_value_heads'),
+        (("--to", "sqa", "--keep-heads", "1-2"), "--keep-heads 1-2 is no list of heads; write it as 0,1,4."),
         (("--to", "mla", "--dtype", "int8"), "--dtype int8 is not one of float32, bfloat16"),
         (
             ("--to", "tpla", "--latent-dim", "16", "--rope-dim", "4", "--shards", "3"),
@@ -94,6 +101,7 @@ def test_tpla_from_grouped_queries_goes_through_mla_and_from_mla_does_not(capsys
             ("--to", "tpla", "--latent-dim", "12", "--rope-dim", "4", "--transform", "hadamard"),
             "latent_dim=12 is not a power of two",
         ),
+        (("--to", "mla", "--samples", "0"), "samples=0 must be at least 1"),
         (
             ("--to", "mla", "--sample-length", "100000"),
             "calibration has fewer than sample_length=100000 tokens",
@@ -101,7 +109,7 @@ def test_tpla_from_grouped_queries_goes_through_mla_and_from_mla_does_not(capsys
     ],
 )
 def test_bad_options_are_one_sentence_and_write_nothing(capsys, here, tmp_path, options, text):
-    small = () if "--sample-length" in options else ("--samples", "4", "--sample-length", "32")
+    small = ("--samples", "4", "--sample-length", "32") if "--latent-dim" in options else ()
     status, printed, noted = convert(capsys, here, tmp_path / "out", *options, *small)
     assert status == 2 and printed == "" and text in noted
     assert not (tmp_path / "out").exists()
@@ -120,6 +128,124 @@ def test_bad_sources_and_texts_are_refused(capsys, here, tmp_path):
         status, _, noted = run(capsys, "convert", source, out, "--to", "mla", *options)
         assert status == 2 and text in noted, noted
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "stages"),
+    [
+        ("gqa", ("--num-key-value-heads", "1"), ["original", "pooled"]),
+        ("kdgqa", ("--num-key-value-heads", "2", "--rule", "kd"), ["original", "pooled", "mapped"]),
+        ("sqa", ("--num-query-heads", "2"), ["original", "sqa"]),
+        ("sqa", ("--keep-heads", "1,2", "--refit"), ["original", "sqa"]),
+        ("moh", ("--shared-heads", "1", "--top-k", "2"), ["original", "routed"]),
+    ],
+)
+def test_every_other_target_is_written_and_reads_back_with_its_perplexity(
+    capsys, here, tmp_path, to, options, stages
+):
+    out = tmp_path / to
+    if TARGETS[to].calibrates:
+        text = (
+            "--calibration",
+            here / "text.txt",
+            "--evaluation",
+            here / "text.txt",
+            "--samples",
+            "4",
+            "--sample-length",
+            "32",
+        )
+    else:
+        text = ("--evaluation", here / "text.txt")
+    status, _, noted = run(capsys, "convert", here / "source", out, "--to", to, *options, *text)
+    assert status == 0, noted
+    report = json.loads((out / "conversion.json").read_text())
+    assert list(report["perplexity"]) == stages
+    found = perplexity(
+        AutoModelForCausalLM.from_pretrained(out), tiny_tokenizer(), (here / "text.txt").read_text()
+    )
+    assert found.perplexity == pytest.approx(report["perplexity"][stages[-1]], rel=1e-5)
+    assert report["provenance"]["method"] == to
+
+
+@pytest.fixture(scope="module")
+def differential(tmp_path_factory) -> Path:
+    """A checkpoint with grouped differential attention."""
+    folder = tmp_path_factory.mktemp("differential")
+    entry = {"mechanism": "gda", "num_signal_heads": 4, "num_noise_heads": 2}
+    torch.manual_seed(0)
+    model = UndividedForCausalLM(UndividedConfig(base_config=tiny_config("llama"), attention=[entry] * 2))
+    save_checkpoint(model, tiny_tokenizer(), folder / "source", {})
+    (folder / "text.txt").write_text(tiny_text(2000))
+    return folder
+
+
+def grow(capsys, folder: Path, out: Path, *options: str) -> tuple[int, str, str]:
+    return run(
+        capsys,
+        "convert",
+        folder / "source",
+        out,
+        "--to",
+        "gda-grow",
+        "--evaluation",
+        folder / "text.txt",
+        *options,
+    )
+
+
+def test_growth_reports_the_perplexity_it_started_with(capsys, differential, tmp_path):
+    out = tmp_path / "grown"
+    status, printed, noted = grow(capsys, differential, out, "--signal-factor", "3")
+    assert status == 0, noted
+    report = json.loads((out / "conversion.json").read_text())
+    assert list(report["perplexity"]) == ["original", "grown"]
+    assert report["perplexity"]["grown"] == pytest.approx(report["perplexity"]["original"], rel=1e-5)
+    assert report["approximations"] == []
+    assert report["provenance"]["calibration_sha256"] is None
+    assert report["provenance"]["options"]["gda-grow"]["signal_factor"] == 3
+    assert (
+        report["cache_bytes_per_token_per_rank"]["gda-grow"]
+        == report["cache_bytes_per_token_per_rank"]["original"]
+    )
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.attention[0] | {"num_signal_heads": 12} == model.config.attention[0]
+    assert [line.split()[0] for line in printed.splitlines()] == ["stage", "original", "grown"]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("--signal-factor", "0"), "signal_factor=0 must be at least 1"),
+        (("--latent-dim", "8"), 'to="gda-grow" takes no latent_dim; latent_dim is an option of "mla"'),
+        (("--samples", "8"), 'to="gda-grow" takes no samples: no activations decide this conversion'),
+    ],
+)
+def test_growth_refuses_what_is_not_its_own(capsys, differential, tmp_path, options, text):
+    status, printed, noted = grow(capsys, differential, tmp_path / "out", *options)
+    assert status == 2 and printed == "" and text in noted
+    assert not (tmp_path / "out").exists()
+
+
+def test_growth_needs_differential_attention_and_a_text(capsys, here, tmp_path):
+    status, _, noted = grow(capsys, here, tmp_path / "out")
+    assert status == 2 and 'no layer of the model has the mechanism "gda"' in noted
+    status, _, noted = run(capsys, "convert", here / "source", tmp_path / "out", "--to", "gda-grow")
+    assert status == 2 and "evaluation is missing" in noted
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_has_a_heading_for_each_target(capsys):
+    _, printed, _ = run(capsys, "convert", "--help")
+    sections = printed.split("\n\n")
+    for to, row in TARGETS.items():
+        section = next(part for part in sections if row.title in " ".join(part.split()))
+        assert section.startswith(f"--to {to}:")
+        for name, option in row.options.items():
+            flag = option.flag or f"--{name.replace('_', '-')}"
+            assert f"  {flag} " in section
+    plain = next(part for part in sections if part.startswith("Options:"))
+    assert "--overwrite" in plain and "--latent-dim" not in plain
 
 
 def test_an_existing_target_is_refused_before_any_work(capsys, here, tmp_path):

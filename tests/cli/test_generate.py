@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 
 from tests.cli.conversion import SIZES, prepare, run, start
+from undivided.cli import generate
+from undivided.models.checkpoint import open_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,16 @@ def test_ranks_write_what_one_process_writes(here, ranks):
     together = start(*arguments, ranks=ranks)
     assert together.returncode == 0, together.stderr
     assert together.stdout == alone.stdout and alone.stdout.strip()
+
+
+def test_the_engine_writes_what_transformers_writes(here):
+    checkpoint = open_checkpoint(here / "tpla", device="cpu")
+    assert generate._is_latent(checkpoint.model)
+    assert not generate._is_latent(open_checkpoint(here / "source", device="cpu").model)
+    arguments = (checkpoint.model, checkpoint.tokenizer, "the cat", 12, 0.0, 0)
+    pieces = list(generate._by_engine(*arguments))
+    assert len(pieces) > 1
+    assert "".join(pieces) == "".join(generate._by_transformers(*arguments))
 
 
 def test_sampling_depends_on_the_seed_only(capsys, here):

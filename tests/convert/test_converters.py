@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -11,6 +12,7 @@ import pytest
 import undivided.convert as convert
 from undivided.convert import CONVERTERS, Report, converter
 from undivided.convert._report import ConversionLog
+from undivided.convert.targets import TARGETS, check_options
 
 
 @pytest.mark.parametrize("target", CONVERTERS)
@@ -20,8 +22,35 @@ def test_every_converter_loads(target: str) -> None:
     assert getattr(convert, function.__name__) is function
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target_of_the_command_line_is_a_converter_with_these_options(target: str) -> None:
+    row = TARGETS[target]
+    parameters = inspect.signature(converter(target)).parameters
+    assert set(row.options) <= set(parameters)
+    assert row.calibrates == ("calibration" in parameters)
+    assert row.required == tuple(
+        name for name in row.options if parameters[name].default is inspect.Parameter.empty
+    )
+    for name, option in row.options.items():
+        shared = [other.options[name] for other in TARGETS.values() if name in other.options]
+        assert shared == [option] * len(shared), f"{name} means different things"
+
+
+def test_options_belong_to_the_target_or_the_one_before_it() -> None:
+    check_options("tpla", {"latent_dim": 16, "num_shards": 2})
+    check_options("mla", {"latent_dim": 16})
+    with pytest.raises(ValueError, match='to="gda-grow" takes no rope_dim; rope_dim is an option of "mla"'):
+        check_options("gda-grow", {"signal_factor": 2, "rope_dim": 4})
+    with pytest.raises(ValueError, match="wheels is unknown; it has latent_dim, rope_dim"):
+        check_options("mla", {"wheels": 4})
+    with pytest.raises(ValueError, match='to="gqa" needs num_key_value_heads'):
+        check_options("gqa", {"pool": "mean"})
+    with pytest.raises(ValueError, match="num_shards=3 does not divide latent_dim=16"):
+        check_options("tpla", {"latent_dim": 16, "num_shards": 3})
+
+
 def test_names_what_there_is() -> None:
-    with pytest.raises(ValueError, match=r"target='rope' is not one of .*'mla', 'tpla'\."):
+    with pytest.raises(ValueError, match=r"target='rope' is not one of .*'mla', .*'tpla'\."):
         converter("rope")
     with pytest.raises(AttributeError, match="no attribute 'convert_all'"):
         convert.convert_all  # noqa: B018

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from tests.tiny import tiny_config, tiny_llama, tiny_model, tiny_text, tiny_tokenizer
-from undivided.convert.pipeline import calibration_ids, conversion_texts, is_latent, perplexity_of
+from undivided.convert.pipeline import (
+    calibration_ids,
+    conversion_texts,
+    evaluation_text,
+    is_latent,
+    perplexity_of,
+)
 from undivided.models.causal_lm import UndividedForCausalLM
 from undivided.models.checkpoint import Checkpoint
 from undivided.models.configuration import UndividedConfig
@@ -28,6 +34,13 @@ def test_a_given_evaluation_text_leaves_all_of_the_other_to_calibration(tmp_path
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(name * 50)
     assert conversion_texts("model", tmp_path / "a.txt", tmp_path / "b.txt") == ("a" * 50, "b" * 50)
+
+
+def test_without_calibration_one_text_is_read(tmp_path):
+    (tmp_path / "a.txt").write_text("a" * 50)
+    assert evaluation_text("model", tmp_path / "a.txt") == "a" * 50
+    with pytest.raises(ValueError, match="evaluation is missing; only smollm2-135m has a text by default"):
+        evaluation_text("model", None)
 
 
 def test_samples_are_whole_and_drawn_evenly(source):

@@ -20,9 +20,12 @@ _LATENT = {"latent_dim": 16, "rope_dim": 4, "nope_dim": 8, "value_dim": 6, "rope
 # Options that a mechanism needs beside what a Llama config tells; a new mechanism adds its own here.
 OPTIONS: dict[str, dict[str, Any]] = {
     "gqa": {},
+    "sqa": {"num_query_heads": 2, "window": 5},
+    "kdgqa": {"head_map": [0, 1, 1, 1]},
     "mla": _LATENT,
     "gla": _LATENT | {"num_latent_heads": 2},
     "tpla": _LATENT | {"num_shards": 2},
+    "moh": {"shared_heads": 1, "top_k": 2},
 }
 every_mechanism = pytest.mark.parametrize("mechanism", sorted(CAUSAL_MECHANISMS))
 

@@ -5,7 +5,15 @@ import torch
 
 from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_model
 from undivided.spec import score_shares
-from undivided.spec.heads import head_scores, score_figure, score_probe, truncated_loss
+from undivided.spec.heads import (
+    changed_loss,
+    cut_to,
+    head_scores,
+    score_figure,
+    score_probe,
+    text_loss,
+    without,
+)
 
 
 def tokens(length=24):
@@ -73,13 +81,29 @@ def test_rank_of_the_interaction_leaves_out_what_the_fields_hide():
     assert hidden.interaction < 0.1 < plain.interaction
 
 
-def test_truncated_loss_at_full_rank_is_the_loss():
+def test_loss_at_full_rank_is_the_loss():
     model, ids = tiny_llama(), tokens(12)
     with torch.no_grad():
         logits = model(input_ids=ids).logits
     expected = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).item()
-    assert truncated_loss(model, ids, rank=12) == pytest.approx(expected, rel=1e-4)
-    assert truncated_loss(model, ids, rank=0) != pytest.approx(expected, rel=1e-4)
+    assert text_loss(model, ids) == pytest.approx(expected, rel=1e-6)
+    assert changed_loss(model, ids, cut_to(12)) == pytest.approx(expected, rel=1e-4)
+    assert changed_loss(model, ids, cut_to(0)) != pytest.approx(expected, rel=1e-4)
+
+
+def test_softmax_does_not_see_the_row_field_but_the_other_parts():
+    model, ids = tiny_llama(), tokens(12)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    expected = text_loss(model, ids)
+    assert changed_loss(model, ids, without("row")) == pytest.approx(expected, rel=1e-5)
+    assert changed_loss(model, ids, without("column")) != pytest.approx(expected, rel=1e-4)
+    assert changed_loss(model, ids, without("interaction")) == pytest.approx(
+        changed_loss(model, ids, cut_to(0)), rel=1e-5
+    )
+    with pytest.raises(ValueError, match='part=\'rows\' is not one of "row", "column", "interaction"'):
+        without("rows")
 
 
 def test_figure_is_written(probed, tmp_path):

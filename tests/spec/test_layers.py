@@ -1,131 +1,149 @@
-"""Every layer whose attention is specified, run beside the interpreter."""
+"""Every layer whose attention is specified, run beside the interpreter of its specification."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-import undivided.layers.gda
-import undivided.layers.gqa
-from tests.layers.latents import HEADS, HIDDEN, SIZES, hidden_states, positions, random_layer
-from undivided.layers.gda import GDAttention
-from undivided.layers.gla import GLAttention
-from undivided.layers.gqa import GQAttention
-from undivided.layers.latent import split_latent
-from undivided.layers.mla import MLAttention
-from undivided.layers.tpla import TPLAttention
-from undivided.spec import interpret
-from undivided.spec.systems import gda, gla, gqa, mla, tpla
+from tests.layers.latents import positions
+from tests.layers.test_contract import OPTIONS
+from tests.tiny import tiny_config
+from undivided.layers import CAUSAL_MECHANISMS, causal_attention
+from undivided.layers._base import CausalAttention
+from undivided.layers.kdgqa import KeyDrivenGQA
+from undivided.layers.pgqa import PerturbedGQA
+from undivided.layers.vision_gqa import VisionGQA
+from undivided.spec import AttentionSpec, interpret, lower
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
-
-def random_weights(layer):
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5)
-    return layer.double()
-
-
-def with_interpreter(monkeypatch, module, name, replacement, layer):
-    """Output of the layer as it is, and with the interpreter in the place of its operator."""
-    x, tables = hidden_states(), positions(9, layer.head_dim // 2)
-    with torch.no_grad():
-        own = layer(x, tables)[0]
-        monkeypatch.setattr(module, name, replacement)
-        return own, layer(x, tables)[0]
-
-
-@pytest.mark.parametrize("options", [{}, {"scale": 0.9, "softcap": 1.5}])
-def test_gqa_is_its_specification(monkeypatch, options):
-    layer = random_weights(GQAttention(HIDDEN, 4, 2, 6, **options))
-
-    def dense(query, key, value, *, attn_mask, is_causal, scale, softcap):
-        assert attn_mask is None and is_causal
-        return interpret(gqa(2, scale, softcap), {"query": query, "key": key, "value": value}).out
-
-    own, other = with_interpreter(monkeypatch, undivided.layers.gqa, "dense_attention", dense, layer)
-    torch.testing.assert_close(own, other, **EXACT)
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"key_ratio": 3}, {"variant": "released", "softcap": 2.0, "layer_idx": 2}]
-)
-def test_gda_is_its_specification(monkeypatch, options):
-    layer = random_weights(GDAttention(HIDDEN, 8, 2, 6, num_noise_heads=2, **options))
-
-    def differential(query, noise_query, key, noise_key, value, lam, **rest):
-        assert rest["attn_mask"] is None and rest["is_causal"]
-        x = {"query": query, "query_noise": noise_query, "key": key, "key_noise": noise_key, "value": value}
-        x |= {"lambda": lam, "norm_weight": rest["norm_weight"]}
-        return interpret(gda(layer.lam_init, layer.subln.eps, layer.scale, layer.softcap), x).out
-
-    own, other = with_interpreter(
-        monkeypatch, undivided.layers.gda, "differential_attention", differential, layer
-    )
-    torch.testing.assert_close(own, other, **EXACT)
-
-
-class Recorder:
-    """Keeps what a latent layer hands to its attention."""
-
-    def __init__(self, layer):
-        self.seen = None
-        attend = layer.attend
-
-        def recording(query_nope, query_rope, latent, rope_key, attention_mask, exact):
-            self.seen = {
-                "query": query_nope,
-                "query_rope": query_rope,
-                "latent": latent,
-                "rope_key": rope_key,
-            }
-            return attend(query_nope, query_rope, latent, rope_key, attention_mask, exact)
-
-        layer.attend = recording
-
-
-def layer_tensors(layer, seen):
-    key_up, value_up = layer.up_projections()
-    x = {**seen, "key_up": key_up, "value_up": value_up.transpose(1, 2)}
-    if isinstance(layer, GLAttention):
-        x["latent"] = split_latent(seen["latent"], layer.num_latent_heads)
-    if isinstance(layer, TPLAttention):
-        latents = split_latent(x.pop("latent"), layer.num_shards)
-        key_up, value_up = x.pop("key_up"), x.pop("value_up")
-        width = latents.shape[-1]
-        for j in range(layer.num_shards):
-            part = slice(j * width, (j + 1) * width)
-            x[f"latent_{j}"] = latents[:, j : j + 1]
-            x[f"key_up_{j}"] = key_up[:, :, part] * layer.logit_scale[j][:, None, None]
-            x[f"value_up_{j}"] = value_up[:, part]
-    return x
-
-
-@pytest.mark.parametrize(
-    ("layer_class", "build", "options"),
-    [
-        (MLAttention, lambda **o: mla(1, **o), {}),
-        (MLAttention, lambda **o: mla(1, **o), {"softcap": 2.0, "scale": 0.7}),
-        (GLAttention, lambda **o: gla(2, **o), {"num_latent_heads": 2}),
-        (TPLAttention, lambda **o: tpla(2, **o), {"num_shards": 2}),
-        (TPLAttention, lambda **o: tpla(4, **o), {"num_shards": 4, "softcap": 3.0}),
+# Beside the options of the contract tests: those that change what is specified.
+MORE = {
+    "gqa": [{"scale": 0.9, "softcap": 1.5}],
+    "gda": [
+        {"num_noise_heads": 1, "num_signal_heads": 3, "key_ratio": 3},
+        {"num_noise_heads": 2, "variant": "released", "softcap": 2.0},
     ],
-)
-def test_the_layer_is_its_specification(layer_class, build, options):
-    layer = random_layer(layer_class, **options)
-    if isinstance(layer, TPLAttention):
-        layer.logit_scale.copy_(torch.rand(layer.logit_scale.shape) + 0.5)
-    recorder = Recorder(layer)
+    "kdgqa": [{"head_map": [0, 0, 0, 1]}, {"head_map": [1, 1, 0, 1], "softcap": 1.5}],
+    "sqa": [
+        {"preset": "xsqa", "num_query_heads": None},
+        {"num_query_heads": 2, "num_key_value_heads": 4, "reverse": True},
+        {"window": 3},
+    ],
+    "mla": [
+        {"softcap": 2.0, "scale": 0.7},
+        {"rope_dim": 0, "rope_stride": 1},
+        {"nope_dim": 0, "rope_dim": 8, "rope_stride": 1},
+        {"latent_norm": False, "query_latent_dim": 12},
+    ],
+    "gla": [{"num_latent_heads": 4, "softcap": 2.0}],
+    "tpla": [
+        {"num_shards": 4, "softcap": 3.0},
+        {"num_shards": 1},
+        {"norm": "exact"},
+        {"softmax": "exact"},
+        {"prefill": "exact"},
+        {"nope_dim": 0, "rope_dim": 8, "rope_stride": 1},
+    ],
+}
+# Mechanisms that the language does not express; a reason each.
+NOT_SPECIFIED: dict[str, str] = {}
+SPECIFIED = [
+    (mechanism, OPTIONS.get(mechanism, {}) | options)
+    for mechanism in sorted(CAUSAL_MECHANISMS)
+    if mechanism not in NOT_SPECIFIED
+    for options in ({}, *MORE.get(mechanism, []))
+]
+
+
+def build(mechanism, options):
+    """One layer of a small Llama in float64 whose logits are far from flat."""
+    own = {name: value for name, value in options.items() if name != "softcap"}
+    config = tiny_config("llama")
+    # A cap is the base model's to have, not an option of the mechanism.
+    config.attn_logit_softcapping = options.get("softcap")
+    layer = causal_attention(mechanism).from_config(config, 1, **own).double().eval()
     with torch.no_grad():
-        out = layer(hidden_states(), positions(9))[0]
-        spec = build(
-            nope_dim=SIZES["nope_dim"],
-            rope_dim=SIZES["rope_dim"],
-            scale=layer.scale,
-            softcap=options.get("softcap"),
-        )
-        x = layer_tensors(layer, recorder.seen)
-        assert set(x) == set(spec.inputs)
-        assert x["query"].shape[1] == HEADS
-        torch.testing.assert_close(layer.project_output(interpret(spec, x).out), out, **EXACT)
+        for name, tensor in layer.state_dict().items():
+            if tensor.is_floating_point():
+                noise = torch.randn(tensor.shape, dtype=torch.float64)
+                tensor.copy_(
+                    2 * tensor.shape[-1] ** -0.5 * noise if "proj" in name else tensor + 0.2 * noise.abs()
+                )
+    return layer
+
+
+def hidden_states(length=9):
+    return torch.randn(2, length, 32, dtype=torch.float64), positions(length, 4)
+
+
+@pytest.mark.parametrize(("mechanism", "options"), SPECIFIED)
+@torch.no_grad()
+def test_a_layer_is_its_specification_between_its_projections(mechanism, options):
+    layer = build(mechanism, options)
+    x, tables = hidden_states()
+    inputs = layer.spec_inputs(x, tables)
+    assert set(inputs) == set(layer.spec.inputs)
+    heads = interpret(layer.spec, inputs).out
+    torch.testing.assert_close(layer.o_proj(heads.transpose(1, 2).flatten(2)), layer(x, tables)[0], **EXACT)
+
+
+@pytest.mark.parametrize(("mechanism", "options"), SPECIFIED)
+@torch.no_grad()
+def test_what_its_specification_is_lowered_to_computes_it(mechanism, options):
+    layer = build(mechanism, options)
+    lowered = lower(layer.spec)
+    assert lowered.target.name != "interpreter"
+    assert lowered.verify(layer.spec_inputs(*hidden_states())) < 1e-10
+    assert AttentionSpec.from_json(layer.spec.to_json()) == layer.spec
+
+
+VISION = {
+    "gqa": lambda: VisionGQA(32, 4, 2, qk_norm=True),
+    "gqa, three key heads of four": lambda: VisionGQA(32, 4, 3),
+    "kdgqa": lambda: KeyDrivenGQA(32, 8, 4),
+    "pgqa": lambda: PerturbedGQA(32, 4, 2, generator=torch.Generator().manual_seed(0)),
+}
+
+
+@pytest.mark.parametrize("name", VISION)
+@torch.no_grad()
+def test_a_layer_of_images_is_its_specification_too(name):
+    layer = VISION[name]().double().eval()
+    for parameter in layer.parameters():
+        parameter.add_(0.5 * torch.randn_like(parameter))
+    x = hidden_states()[0]
+    noisy = getattr(layer, "generator", None)
+    state = None if noisy is None else noisy.get_state()
+    out = layer(x)
+    if noisy is not None:
+        # The same draw: what is noise to the layer is an input to its specification.
+        noisy.set_state(state)
+    inputs = layer.spec_inputs(x)
+    assert set(inputs) == set(layer.spec.inputs)
+    heads = interpret(layer.spec, inputs).out
+    torch.testing.assert_close(layer.proj(heads.transpose(1, 2).flatten(2)), out, **EXACT)
+    assert lower(layer.spec).verify(inputs) < 1e-10
+
+
+def test_a_wrong_specification_is_noticed():
+    """The comparison can fail: one factor of the scores is another."""
+    layer = build("gqa", {})
+    x, tables = hidden_states()
+    inputs = layer.spec_inputs(x, tables)
+    layer.scale *= 1.01
+    other = layer.o_proj(interpret(layer.spec, inputs).out.transpose(1, 2).flatten(2))
+    layer.scale /= 1.01
+    assert not torch.allclose(other, layer(x, tables)[0], **EXACT)
+
+
+def test_a_mechanism_that_is_not_written_in_the_language_says_so():
+    class Other(CausalAttention):
+        mechanism = "other"
+
+    message = 'mechanism "other" is not written in the specification language'
+    with pytest.raises(NotImplementedError, match=message):
+        Other().spec  # noqa: B018
+    with pytest.raises(NotImplementedError, match=message):
+        Other().spec_inputs(torch.zeros(1, 2, 4), None)
+    assert set(NOT_SPECIFIED) <= set(CAUSAL_MECHANISMS)

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from undivided.spec import SYSTEMS, explain, interpret, lower, system
-from undivided.spec.systems import cca, gla, gqa, linear, mla, sliding_window, sqa, tpla
+from undivided.spec import SYSTEMS, AttentionSpec, explain, interpret, lower, system
+from undivided.spec.systems import cca, entmax, gla, gqa, linear, mla, sliding_window, sqa, top_k, tpla
 
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
 LENGTH = 6
@@ -196,6 +196,112 @@ def case_sliding_window():
     return sliding_window(3), x, F.scaled_dot_product_attention(**x, attn_mask=band, enable_gqa=True)
 
 
+def case_relative():
+    x = {"query": heads(4), "key": heads(4), "value": heads(4), "relative_table": draw(4, 2 * LENGTH - 1)}
+    bias = torch.stack([x["relative_table"][:, LENGTH - 1 - n :][:, :LENGTH] for n in range(LENGTH)], 1)
+    expected = F.scaled_dot_product_attention(x["query"], x["key"], x["value"], attn_mask=bias, scale=1.0)
+    return SYSTEMS["relative"].spec, x, expected
+
+
+def case_differential():
+    x = {
+        "query": heads(3),
+        "query_noise": heads(3),
+        "key": heads(3),
+        "key_noise": heads(3),
+        "value": heads(3, 16),
+    }
+    x |= {"lambda": torch.tensor(0.6).double(), "norm_weight": draw(16)}
+    maps = [
+        (x[q] @ x[k].mT / 8**0.5).masked_fill(~triangle(), float("-inf")).softmax(-1)
+        for q, k in (("query", "key"), ("query_noise", "key_noise"))
+    ]
+    mixed = (maps[0] - x["lambda"] * maps[1]) @ x["value"]
+    return SYSTEMS["differential"].spec, x, 0.8 * F.rms_norm(mixed, (16,), x["norm_weight"], 1e-5)
+
+
+def case_gated():
+    x = {"query": heads(4), "key": heads(2), "value": heads(2)}
+    gate = draw(2, 4, LENGTH, 8).sigmoid()
+    return SYSTEMS["gated"].spec, {**x, "gate": gate}, gate * causal(**x)
+
+
+def case_sink():
+    """One more key, whose score is the sink and whose value is zero."""
+    x = {"query": heads(4), "key": heads(4), "value": heads(4)}
+    logit = draw(4)
+    scores = (x["query"] @ x["key"].mT / 8**0.5).masked_fill(~triangle(), float("-inf"))
+    with_sink = torch.cat([scores, logit[None, :, None, None].expand(2, 4, LENGTH, 1)], -1)
+    return SYSTEMS["sink"].spec, {**x, "sink_logit": logit}, with_sink.softmax(-1)[..., :-1] @ x["value"]
+
+
+def case_query_key_norm():
+    x = {"query": heads(4), "key": heads(4), "value": heads(4), "temperature": 10 * torch.rand(4).double()}
+    query, key = (x[name] / x[name].norm(dim=-1, keepdim=True) for name in ("query", "key"))
+    expected = causal(x["temperature"][None, :, None, None] * query, key, x["value"], scale=1.0)
+    return SYSTEMS["query_key_norm"].spec, x, expected
+
+
+def case_token_merging():
+    """The merged keys, each as often as it stands for."""
+    x = {"query": heads(4), "key": heads(4), "value": heads(4)}
+    classes = ((0, 1, 4), (2,), (3, 5))
+    members = [index for members in classes for index in members]
+    repeated = [
+        torch.cat(
+            [x[name][:, :, list(m)].mean(2, keepdim=True).expand(-1, -1, len(m), -1) for m in classes], 2
+        )
+        for name in ("key", "value")
+    ]
+    assert len(members) == LENGTH
+    expected = F.scaled_dot_product_attention(x["query"], *repeated)
+    return SYSTEMS["token_merging"].spec, {**x, "assignment": torch.tensor([[0, 0, 1, 2, 0, 2]])}, expected
+
+
+def case_neighborhood():
+    """Every query has exactly three keys, also at the borders."""
+    x = {"query": heads(4), "key": heads(4), "value": heads(4)}
+    first = (torch.arange(LENGTH) - 1).clamp(0, LENGTH - 3)
+    rows = []
+    for n in range(LENGTH):
+        near = slice(int(first[n]), int(first[n]) + 3)
+        scores = x["query"][:, :, n : n + 1] @ x["key"][:, :, near].mT / 8**0.5
+        rows.append(scores.softmax(-1) @ x["value"][:, :, near])
+    column = torch.arange(LENGTH)
+    mask = (column >= first[:, None]) & (column < first[:, None] + 3)
+    return SYSTEMS["neighborhood"].spec, {**x, "neighborhood": mask}, torch.cat(rows, 2)
+
+
+def case_top_k():
+    x = {"query": heads(4), "key": heads(4), "value": heads(4)}
+    scores = (x["query"] @ x["key"].mT / 8**0.5).masked_fill(~triangle(), float("-inf"))
+    least = scores.topk(2, -1).values[..., -1:]
+    return top_k(2), x, scores.masked_fill(scores < least, float("-inf")).softmax(-1) @ x["value"]
+
+
+def case_entmax():
+    """alpha = 2 has the closed form of a projection onto the simplex."""
+    x = {"query": heads(4), "key": heads(4), "value": heads(4)}
+    scores = (2 * x["query"] @ x["key"].mT / 8**0.5).masked_fill(~triangle(), -1e9)
+    ordered = scores.sort(-1, descending=True).values
+    count = torch.arange(1, LENGTH + 1).double()
+    support = (1 + count * ordered > ordered.cumsum(-1)).sum(-1, keepdim=True)
+    threshold = (ordered.cumsum(-1).gather(-1, support - 1) - 1) / support
+    weights = (scores - threshold).clamp(min=0)
+    return entmax(2.0), x | {"query": 2 * x["query"]}, weights @ x["value"]
+
+
+def case_retention():
+    """The recurrence S <- gamma S + k v^T, then a norm without a weight."""
+    x = {"query": heads(2), "key": heads(2), "value": heads(2)}
+    gamma, state, rows = torch.tensor([0.9, 0.7]).double(), draw(2, 2, 8, 8) * 0, []
+    for n in range(LENGTH):
+        state = gamma[:, None, None] * state + x["key"][:, :, n, :, None] * x["value"][:, :, n, None, :]
+        rows.append((x["query"][:, :, n, None, :] / 8**0.5 @ state)[:, :, 0])
+    expected = F.rms_norm(torch.stack(rows, 2), (8,), eps=1e-5)
+    return SYSTEMS["retention"].spec, {**x, "alibi_slopes": -gamma.log()}, expected
+
+
 def case_slot():
     x = {"query": heads(4), "key": heads(2), "value": heads(2)}
     scores = x["query"] @ x["key"].repeat_interleave(2, 1).mT / 8**0.5
@@ -245,6 +351,33 @@ def test_the_interpreter_is_the_system(slug):
 def test_what_a_system_is_lowered_to_computes_it(slug):
     spec, x, _ = CASES[slug]()
     assert lower(spec).verify(x) < 1e-10
+
+
+# What of the library computes a system, beside the interpreter: an operator, to which its specification is lowered.
+ROUND_TRIPS = {
+    "dense": {
+        "alibi", "cca", "dha", "gated", "gla", "gqa", "kdgqa", "mla", "moh", "neighborhood", "pgqa", "query_key_norm",
+        "relative", "sink", "sliding_window", "sqa", "token_merging", "tpla", "transmla", "x_ecomla",
+    },
+    "differential": {"differential", "gda"},
+    "column": {"slot"},
+    "sinkhorn": {"sinkhorn"},
+}  # fmt: skip
+
+
+def test_twenty_systems_and_more_go_from_words_to_an_operator_and_back():
+    found: dict[str, set[str]] = {}
+    for slug, case in CASES.items():
+        spec, x, expected = case()
+        read = AttentionSpec.from_json(spec.to_json())
+        assert read == spec
+        lowered = lower(read)
+        if lowered.target.name == "interpreter":
+            continue
+        torch.testing.assert_close(lowered(x), expected, **EXACT)
+        found.setdefault(lowered.target.name, set()).add(slug)
+    assert found == ROUND_TRIPS
+    assert sum(map(len, found.values())) == 24
 
 
 def test_signal_minus_noise_rows_have_mass_one_minus_lambda():

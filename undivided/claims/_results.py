@@ -93,7 +93,8 @@ def write_table(folder: Path) -> Path:
     for slug in slugs:
         own = [row for row in rows if row.slug == slug]
         newest = max(own, key=lambda row: row.date)
-        parts += [f"## {slug}", *_heading(slug), _table(own), f"Repeat with `{newest.command}`."]
+        figures = [f"![{path.stem}]({path.name})" for path in sorted(folder.glob(f"{slug}-*.png"))]
+        parts += [f"## {slug}", *_heading(slug), *figures, _table(own), f"Repeat with `{newest.command}`."]
     path = folder / "RESULTS.md"
     replace_text(path, "\n\n".join(parts) + "\n")
     return path

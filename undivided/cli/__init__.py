@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from undivided import __version__
+from undivided.cli._help import PanelCommand
 
 VERBS: dict[str, str] = {
     "convert": "Convert a checkpoint to another attention.",
@@ -72,7 +73,7 @@ def _application(verb: str | None) -> typer.Typer:
     application.callback()(_root)
     for name, summary in VERBS.items():
         function = _load(name) if name == verb else _unloaded
-        application.command(name, short_help=summary)(function)
+        application.command(name, short_help=summary, cls=PanelCommand)(function)
     return application
 
 

@@ -34,11 +34,17 @@ def command(
         bool,
         typer.Option("--shard-mlp", help="Over ranks: split the MLPs too, for one more all-reduce a layer."),
     ] = False,
+    prefill_ranks: Annotated[
+        int, typer.Option(help="Over ranks: so many of them read the prompt, exactly; the others decode.")
+    ] = 0,
 ) -> None:
     """Generate text with a checkpoint; on stdout the continuation alone.
 
+    On CUDA a model with latent attention is decoded by this library's engine, and its tokens are printed as they
+    come; any other model is decoded by transformers.
+
     Under `torchrun --nproc-per-node N -m undivided generate ...` every rank holds only its part of the latent cache
-    and of the attention's weights; the first rank prints.
+    and of the attention's weights; the first rank prints, with --prefill-ranks the first that decodes.
     """
     import torch
 
@@ -52,22 +58,66 @@ def command(
         raise ValueError(f"--temperature {temperature} is negative; use 0 or more.")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with _process_group(place) as rank:
+        if prefill_ranks:
+            if rank is None:
+                raise ValueError("--prefill-ranks needs several ranks; start with torchrun.")
+            from undivided.distributed import generate_separated
+
+            texts = generate_separated(
+                src, [prompt], prefill_ranks=prefill_ranks, max_new_tokens=max_new_tokens, temperature=temperature,
+                seed=seed, chat=chat, dtype=dtype_of(dtype), device=place, shard_mlp=shard_mlp,
+            )  # fmt: skip
+            if texts is not None and rank == prefill_ranks:
+                typer.echo(texts[0])
+            return
         model, tokenizer = _load(src, dtype_of(dtype), place, rank, shard_mlp)
         if chat:
             message = [{"role": "user", "content": prompt}]
             prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if temperature > 0:
-            sampling |= {"do_sample": True, "temperature": temperature}
-        # The same seed on every rank: all of them draw the same token from the same logits.
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            ids = model.generate(
-                **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling
-            )
+        if rank is None and place.type == "cuda" and _is_latent(model):
+            pieces = _by_engine(model, tokenizer, prompt, max_new_tokens, temperature, seed)
+        else:
+            pieces = _by_transformers(model, tokenizer, prompt, max_new_tokens, temperature, seed)
+        for piece in pieces:
+            if rank in (None, 0):
+                typer.echo(piece, nl=False)
         if rank in (None, 0):
-            typer.echo(tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
+            typer.echo()
+
+
+def _is_latent(model: Any) -> bool:
+    from undivided.engine import has_latent_layers
+
+    return has_latent_layers(model)
+
+
+def _by_engine(
+    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float, seed: int
+) -> Iterator[str]:
+    from undivided.engine import Engine
+
+    ids = tokenizer(prompt).input_ids
+    engine = Engine(model, tokenizer, max_tokens=len(ids) + max_new_tokens, max_batch=1)
+    for event in engine.stream([ids], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed):
+        yield event.text
+
+
+def _by_transformers(
+    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float, seed: int
+) -> Iterator[str]:
+    import torch
+
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        sampling |= {"do_sample": True, "temperature": temperature}
+    # The same seed on every rank: all of them draw the same token from the same logits.
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        ids = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling
+        )
+    yield tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
 
 
 @contextmanager
@@ -79,7 +129,11 @@ def _process_group(device: torch.device) -> Iterator[int | None]:
     if not dist.is_torchelastic_launched():
         yield None
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # Imported later, it would keep the process group, as a default argument, beyond its destruction; gloo's threads
+    # would then run into the end of the interpreter, and now and then abort it.
+    import torch.distributed.nn  # noqa: F401
+
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         if device.type == "cuda":
             torch.cuda.set_device(dist.get_node_local_rank())

@@ -9,7 +9,11 @@ from typing import Any
 # attention of the result -> the function that makes it.
 CONVERTERS: dict[str, str] = {
     "gda-grow": "undivided.convert.gda_grow:convert_gda_grow",
+    "gqa": "undivided.convert.kdgqa:mha_to_gqa",
+    "kdgqa": "undivided.convert.kdgqa:convert_kdgqa",
     "mla": "undivided.convert.transmla:convert_transmla",
+    "moh": "undivided.convert.moh:convert_moh",
+    "sqa": "undivided.convert.sqa:convert_sqa",
     "tpla": "undivided.convert.tpla:convert_tpla",
 }
 
@@ -23,9 +27,13 @@ __all__ = [
     "Report",
     "convert_checkpoint",
     "convert_gda_grow",
+    "convert_kdgqa",
+    "convert_moh",
+    "convert_sqa",
     "convert_tpla",
     "convert_transmla",
     "converter",
+    "mha_to_gqa",
 ]
 
 

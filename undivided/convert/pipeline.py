@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from undivided.convert import converter
 from undivided.convert._moments import Progress, no_progress
+from undivided.convert._report import Report
+from undivided.convert.targets import TARGETS, check_options, target
 from undivided.data import demo_texts, read_text
 from undivided.data.demo import DEMO_MODEL
 from undivided.models.checkpoint import (
@@ -23,9 +27,9 @@ from undivided.models.evaluation import cache_bytes_per_token, perplexity
 if TYPE_CHECKING:
     import torch
 
-TARGETS = ("mla", "tpla")
 # Of a calibration file without an evaluation file beside it, this share at the end is kept for evaluation.
 _HELD_OUT = 0.1
+_SAMPLES, _LENGTH = 128, 256
 
 
 def convert_checkpoint(
@@ -33,12 +37,11 @@ def convert_checkpoint(
     out: str | Path,
     to: str,
     *,
-    mla: dict[str, Any] | None = None,
-    tpla: dict[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
     calibration: str | Path | None = None,
     evaluation: str | Path | None = None,
-    samples: int = 128,
-    sample_length: int = 256,
+    samples: int | None = None,
+    sample_length: int | None = None,
     evaluation_tokens: int = 16384,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
@@ -49,19 +52,20 @@ def convert_checkpoint(
 ) -> dict[str, Any]:
     """Converts the attention of a checkpoint and writes the result as a transformers folder.
 
-    A source with grouped-query attention becomes MLA first, also when TPLA is asked for. A killed run leaves the old
-    target or none, and the next one resumes from the last finished stage.
+    A source with grouped-query attention becomes MLA first, if TPLA is asked for. A killed run leaves the old target
+    or none, and the next one resumes from the last finished stage.
 
     Args:
         src: checkpoint folder, the name of the demo model, or a name on the Hub.
         out: folder to be written.
-        to: "mla" or "tpla".
-        mla: options of `convert_transmla`.
-        tpla: options of `convert_tpla`.
-        calibration: text file whose activations decide the conversion; the demo model has one by default.
+        to: a row of `undivided.convert.targets.TARGETS`, such as "mla", "tpla" or "gda-grow".
+        options: options of the target's converter, and of the one before it, by keyword.
+        calibration: text file whose activations decide the conversion, for the targets that have such; the demo
+            model has one by default.
         evaluation: text file of the reported perplexities; by default the last tenth of the calibration text, which
             is then not calibrated on (the demo model: speeches of other years).
-        samples, sample_length: calibration samples and their tokens.
+        samples: calibration samples; default 128.
+        sample_length: tokens of a calibration sample; default 256.
         evaluation_tokens: tokens of the evaluation text.
         dtype: of the converted weights; by default the source's.
         device: where to compute.
@@ -77,44 +81,42 @@ def convert_checkpoint(
         ValueError: an argument, the source or the text does not fit; the sentence says which and what would.
         OSError: the target cannot be written.
     """
-    if to not in TARGETS:
-        raise ValueError(f"to={to!r} is not one of {', '.join(TARGETS)}.")
-    if to == "mla" and tpla:
-        raise ValueError(f'to="mla" takes no {", ".join(tpla)}; these are options of "tpla".')
-    if to == "tpla" and mla and "latent_dim" in mla:
-        from undivided.convert.tpla import check_options
-
-        # Before minutes of conversion, not after them.
-        check_options({mla["latent_dim"]}, **{k: v for k, v in (tpla or {}).items() if k != "seed"})
+    options = dict(options or {})
+    # Before minutes of conversion, not after them.
+    check_options(to, options)
+    row = target(to)
+    _check_calibration(to, calibration, samples, sample_length)
     prepare_target(out, overwrite=overwrite)
-    texts = conversion_texts(src, calibration, evaluation, cache_dir, say)
+    if row.calibrates:
+        texts: tuple[str | None, str] = conversion_texts(src, calibration, evaluation, cache_dir, say)
+    else:
+        texts = None, evaluation_text(src, evaluation, cache_dir, say)
     source = open_checkpoint(src, dtype=dtype, device=device, cache_dir=cache_dir, progress=say)
-    input_ids = calibration_ids(source, texts[0], samples, sample_length)
-    both = provenance(source, to, {}, calibration="\n".join(texts))["calibration_sha256"]
-
-    with WorkFolder(
-        out, {"source": source.fingerprint(), "texts": both, "ids": list(input_ids.shape)}
-    ) as work:
+    input_ids = None
+    if texts[0] is not None:
+        sizes = (
+            _SAMPLES if samples is None else samples,
+            _LENGTH if sample_length is None else sample_length,
+        )
+        input_ids = calibration_ids(source, texts[0], *sizes)
+    read = "\n".join(text for text in texts if text is not None)
+    key = {
+        "source": source.fingerprint(),
+        "texts": provenance(source, to, {}, calibration=read)["calibration_sha256"],
+        "ids": None if input_ids is None else list(input_ids.shape),
+    }
+    with WorkFolder(out, key) as work:
         reports = []
         model = source.model
         arguments: dict[str, Any] = {
             "evaluate": perplexity_of(source, texts[1], evaluation_tokens, progress),
+            "calibration": input_ids,
             "work": work,
             "progress": progress,
         }
-        if not is_latent(model):
-            from undivided.convert.transmla import convert_transmla
-
-            model, report = convert_transmla(model, input_ids, **(mla or {}), **arguments)
-            reports.append(report)
-        elif mla:
-            raise ValueError(f"{src} has latent attention already, so {', '.join(mla)} cannot be applied.")
-        elif to == "mla":
-            raise ValueError(f'{src} has latent attention already; convert it to "tpla".')
-        if to == "tpla":
-            from undivided.convert.tpla import convert_tpla
-
-            model, report = convert_tpla(model, calibration=input_ids, **(tpla or {}), **arguments)
+        for name in _steps(src, model, to, options):
+            own = {option: options[option] for option in TARGETS[name].options if option in options}
+            model, report = _converted(name, model, own, arguments)
             reports.append(report)
         cache = {"original": cache_bytes_per_token(source.model)}
         written = {
@@ -130,6 +132,41 @@ def convert_checkpoint(
         say(f"writing {out}")
         save_checkpoint(model, source.tokenizer, out, written, overwrite=overwrite)
     return written
+
+
+def _check_calibration(to: str, calibration: object, samples: int | None, sample_length: int | None) -> None:
+    if target(to).calibrates:
+        return
+    given = {"calibration": calibration, "samples": samples, "sample_length": sample_length}
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f'to="{to}" takes no {name}: no activations decide this conversion. The text of the perplexities is '
+                "evaluation."
+            )
+
+
+def _steps(src: str | Path, model: Any, to: str, options: Mapping[str, Any]) -> list[str]:
+    """The targets that are made one after another, given what the source is."""
+    row = target(to)
+    if not is_latent(model):
+        return [to] if row.first is None else [row.first, to]
+    if not row.latent_source:
+        able = ", ".join(f'"{name}"' for name, other in TARGETS.items() if other.latent_source)
+        raise ValueError(f"{src} has latent attention already; convert it to {able}.")
+    before = [name for name in options if name not in row.options]
+    if before:
+        raise ValueError(f"{src} has latent attention already, so {', '.join(before)} cannot be applied.")
+    return [to]
+
+
+def _converted(
+    to: str, model: Any, options: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> tuple[Any, Report]:
+    function = converter(to)
+    # A converter that reads no calibration, or has nothing slow to keep, has no such argument.
+    known = inspect.signature(function).parameters
+    return function(model, **options, **{key: value for key, value in arguments.items() if key in known})
 
 
 def conversion_texts(
@@ -149,10 +186,10 @@ def conversion_texts(
             raise ValueError(
                 f"calibration is missing; only {DEMO_MODEL} has a text by default. Give a text file."
             )
-        texts = demo_texts(cache_dir, progress=say)
         # The demo's held-out speeches, one after the other; `evaluation` still takes precedence.
-        held_out = "\n\n".join(texts.heldout.values())
-        return texts.calibration, held_out if evaluation is None else read_text(evaluation)
+        return demo_texts(cache_dir, progress=say).calibration, evaluation_text(
+            src, evaluation, cache_dir, say
+        )
     text = read_text(calibration)
     if evaluation is not None:
         return text, read_text(evaluation)
@@ -160,15 +197,37 @@ def conversion_texts(
     return (text[:cut], text[cut:].strip()) if cut > 0 else (text, text)
 
 
+def evaluation_text(
+    src: str | Path,
+    evaluation: str | Path | None,
+    cache_dir: str | Path | None = None,
+    say: Callable[[str], None] = lambda sentence: None,
+) -> str:
+    """Returns the text of the perplexities, for a conversion that no text decides.
+
+    Raises:
+        ValueError: none was given for a model that has none by default, or it cannot be read.
+    """
+    if evaluation is not None:
+        return read_text(evaluation)
+    if src != DEMO_MODEL:
+        raise ValueError(f"evaluation is missing; only {DEMO_MODEL} has a text by default. Give a text file.")
+    return "\n\n".join(demo_texts(cache_dir, progress=say).heldout.values())
+
+
 def calibration_ids(source: Checkpoint, text: str, samples: int, sample_length: int) -> torch.Tensor:
     """Returns `[samples, sample_length]` token ids, drawn evenly over the text.
 
     Raises:
-        ValueError: the text has fewer tokens than one sample.
+        ValueError: a number is less than one, or the text has fewer tokens than one sample.
     """
     import torch
 
     from undivided.data.text import token_blocks
+
+    for name, value in (("samples", samples), ("sample_length", sample_length)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
 
     blocks = [
         block[0]

@@ -11,7 +11,11 @@ if TYPE_CHECKING:
 # mechanism -> class; the name is what a config stores for each layer.
 CAUSAL_MECHANISMS: dict[str, str] = {
     "gqa": "undivided.layers.gqa:GQAttention",
+    "sqa": "undivided.layers.sqa:SQAttention",
     "gda": "undivided.layers.gda:GDAttention",
+    "kdgqa": "undivided.layers.kdgqa:KDGQAttention",
+    "moh": "undivided.layers.moh:MoHAttention",
+    "cca": "undivided.layers.cca:CCAttention",
     "mla": "undivided.layers.mla:MLAttention",
     "gla": "undivided.layers.gla:GLAttention",
     "tpla": "undivided.layers.tpla:TPLAttention",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,6 +17,9 @@ from undivided.layers._base import (
 )
 from undivided.layers.rotary import PositionEmbeddings, apply_rotary, rotary_tables
 from undivided.ops.differential import differential_attention
+
+if TYPE_CHECKING:
+    from undivided.spec import AttentionSpec
 
 VARIANTS = ("paper", "released")
 
@@ -133,6 +136,20 @@ class GDAttention(CausalAttention):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         check_arguments("gda", **kwargs)
+        query, keys, values = self.rows(hidden_states, position_embeddings)
+        if past_key_values is not None:
+            keys, values = past_key_values.update(keys, values, self.layer_idx)
+            keys, values = filled_keys(attention_mask, past_key_values, self.layer_idx, keys, values)
+        mask = additive_or_boolean(attention_mask, keys.shape[2])
+        key, noise_key = self.split_keys(keys)
+        query, noise_query = split_heads(query, self.num_noise_heads)
+        out = self.attend(query, noise_query, key, noise_key, values, mask)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), None
+
+    def rows(
+        self, hidden_states: torch.Tensor, position_embeddings: PositionEmbeddings | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns striped queries `[B, heads, N, D]`, and keys and values in the rows of the cache."""
         cos, sin = rotary_tables(position_embeddings)
         query, key = (
             apply_rotary(
@@ -143,16 +160,13 @@ class GDAttention(CausalAttention):
             )
             for projection in (self.q_proj, self.k_proj)
         )
-        keys = side_by_side(key, self.num_value_heads)
         values = self.v_proj(hidden_states).unflatten(-1, (self.num_value_heads, -1)).transpose(1, 2)
-        if past_key_values is not None:
-            keys, values = past_key_values.update(keys, values, self.layer_idx)
-            keys, values = filled_keys(attention_mask, past_key_values, self.layer_idx, keys, values)
-        mask = additive_or_boolean(attention_mask, keys.shape[2])
+        return query, side_by_side(key, self.num_value_heads), values
+
+    def split_keys(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns signal keys `[B, key_ratio * G, M, D]` and noise keys `[B, G, M, D]` from the rows of the cache."""
         key, noise_key = keys.split([self.key_ratio * self.head_dim, self.head_dim], dim=-1)
-        query, noise_query = split_heads(query, self.num_noise_heads)
-        out = self.attend(query, noise_query, one_below_another(key, self.key_ratio), noise_key, values, mask)
-        return self.o_proj(out.transpose(1, 2).flatten(2)), None
+        return one_below_another(key, self.key_ratio), noise_key
 
     def attend(
         self,
@@ -169,6 +183,23 @@ class GDAttention(CausalAttention):
             norm_weight=self.subln.weight, norm_eps=self.subln.eps, out_scale=1 - self.lam_init,
             attn_mask=mask, is_causal=mask is None, scale=self.scale, softcap=self.softcap,
         )  # fmt: skip
+
+    @property
+    def spec(self) -> AttentionSpec:
+        from undivided.spec.systems import gda
+
+        return gda(self.lam_init, self.subln.eps, self.scale, self.softcap)
+
+    def spec_inputs(
+        self, hidden_states: torch.Tensor, position_embeddings: PositionEmbeddings | None
+    ) -> dict[str, torch.Tensor]:
+        query, keys, value = self.rows(hidden_states, position_embeddings)
+        query, noise_query = split_heads(query, self.num_noise_heads)
+        key, noise_key = self.split_keys(keys)
+        return {
+            "query": query, "query_noise": noise_query, "key": key, "key_noise": noise_key, "value": value,
+            "lambda": self.lam(), "norm_weight": self.subln.weight,
+        }  # fmt: skip
 
 
 def lam_init(layer_idx: int, variant: str) -> float:

@@ -5,19 +5,37 @@ Every operator takes `backend="auto"` or the name of one of its backends; `OPS` 
 
 from __future__ import annotations
 
-from undivided.ops import dense, differential, latent_decode, merge, transport
+from undivided.ops import (
+    conv,
+    dense,
+    differential,
+    grouped,
+    latent_append,
+    latent_decode,
+    merge,
+    routed,
+    transport,
+)
 from undivided.ops._backends import Backend
+from undivided.ops.conv import convolved_heads
 from undivided.ops.dense import dense_attention
 from undivided.ops.differential import differential_attention
+from undivided.ops.grouped import grouped_attention
+from undivided.ops.latent_append import append_latent
 from undivided.ops.latent_decode import latent_attention
 from undivided.ops.merge import merge_attention
+from undivided.ops.routed import routed_attention
 from undivided.ops.transport import column_attention, sinkhorn_attention
 
 OPS: dict[str, tuple[Backend, ...]] = {
     "dense_attention": dense.BACKENDS,
     "merge_attention": merge.BACKENDS,
     "latent_attention": latent_decode.BACKENDS,
+    "append_latent": latent_append.BACKENDS,
     "differential_attention": differential.BACKENDS,
+    "convolved_heads": conv.BACKENDS,
+    "routed_attention": routed.BACKENDS,
+    "grouped_attention": grouped.BACKENDS,
     "column_attention": transport.COLUMN_BACKENDS,
     "sinkhorn_attention": transport.SINKHORN_BACKENDS,
 }
@@ -25,10 +43,14 @@ OPS: dict[str, tuple[Backend, ...]] = {
 __all__ = [
     "OPS",
     "Backend",
+    "append_latent",
     "column_attention",
+    "convolved_heads",
     "dense_attention",
     "differential_attention",
+    "grouped_attention",
     "latent_attention",
     "merge_attention",
+    "routed_attention",
     "sinkhorn_attention",
 ]

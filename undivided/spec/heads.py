@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _KEY = "undivided_score_probe"
+# (layer index, query, key, value, scale) -> outputs of the heads; and (scores, causal mask) -> scores.
+Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class HeadScores(NamedTuple):
@@ -92,31 +95,19 @@ def head_scores(scores: torch.Tensor, ranks: Sequence[int] = ()) -> HeadScores:
 
 
 @contextmanager
-def score_probe(
-    model: PreTrainedModel, *, ranks: Sequence[int] = (), truncate_to: int | None = None
-) -> Iterator[ScoreProbe]:
-    """Measures the scores of every head of a causal language model in each forward pass inside the block.
+def replaced_attention(model: PreTrainedModel, attend: Attention) -> Iterator[None]:
+    """Runs the layers of a causal language model on another attention inside the block.
 
     Args:
-        model: a transformers model whose attention goes through the attention registry; texts without
-            padding.
-        ranks: at which to measure the divergence of truncated scores.
-        truncate_to: run the model itself on scores whose interaction is cut to this rank (for its
-            perplexity); then nothing is measured.
-
-    Yields:
-        The probe, filled by the forward passes.
+        model: a transformers model whose attention goes through the attention registry.
+        attend: (layer index, query, key, value, scale) -> outputs of the heads, all `[batch, heads, length, dim]`; keys
+            and values come with as many heads as queries, for whole texts without padding.
 
     Raises:
-        ValueError: the model does not take a registered attention, or asks for something the probe does not
-        compute.
-
-    Source: Geometric Attention (arXiv 2601.11618 v1), abstract (interaction and fields of a score).
+        ValueError: the model does not take a registered attention, or asks for something that is not handed on.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
-
-    probe = ScoreProbe()
 
     def attention(
         module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs
@@ -126,20 +117,15 @@ def score_probe(
                 raise ValueError(
                     f"the model asks for {name}={kwargs[name]!r}, which score_probe does not compute."
                 )
-        groups = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-        scores = (query.shape[-1] ** -0.5 if scaling is None else scaling) * (query @ key.transpose(-2, -1))
         if query.shape[2] != key.shape[2]:
             raise ValueError(
                 "score_probe needs whole texts, not steps with a cache; call the model once a text."
             )
-        causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        if truncate_to is not None:
-            scores = truncate_interaction(scores, truncate_to, causal)
-        else:
-            probe.layers.setdefault(module.layer_idx, []).append(head_scores(scores.detach(), ranks))
-        out = _attention(scores, causal).to(value.dtype) @ value
-        return out.transpose(1, 2).contiguous(), None
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = attend(module.layer_idx, query, key, value, scale)
+        return out.to(value.dtype).transpose(1, 2).contiguous(), None
 
     before = model.config._attn_implementation
     AttentionInterface.register(_KEY, attention)
@@ -150,17 +136,85 @@ def score_probe(
             raise ValueError(
                 f"{type(model).__name__} does not take a registered attention; its scores stay hidden."
             )
-        yield probe
+        yield
     finally:
         model.set_attn_implementation(before)
 
 
-def truncated_loss(model: PreTrainedModel, input_ids: torch.Tensor, rank: int) -> float:
-    """Mean loss of a text, in nats a token, when every head's interaction is cut to `rank`.
+@contextmanager
+def score_probe(
+    model: PreTrainedModel, *, ranks: Sequence[int] = (), change: Change | None = None
+) -> Iterator[ScoreProbe]:
+    """Measures the scores of every head of a causal language model in each forward pass inside the block.
 
-    The truncation is that of the whole score matrix of the text, so it is an analysis and not a causal model.
+    Args:
+        model: a transformers model whose attention goes through the attention registry; texts without
+            padding.
+        ranks: at which to measure the divergence of truncated scores.
+        change: (scores, causal mask) -> scores: run the model itself on other scores (for its perplexity), such
+            as `cut_to(8)`; then nothing is measured.
+
+    Yields:
+        The probe, filled by the forward passes.
+
+    Raises:
+        ValueError: the model does not take a registered attention, or asks for something the probe does not
+        compute.
+
+    Source: Geometric Attention (arXiv 2601.11618 v1), abstract (interaction and fields of a score).
     """
-    with score_probe(model, truncate_to=rank), torch.no_grad():
+    probe = ScoreProbe()
+
+    def attend(layer_idx, query, key, value, scale):
+        scores = scale * (query @ key.transpose(-2, -1))
+        causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if change is not None:
+            scores = change(scores, causal)
+        else:
+            probe.layers.setdefault(layer_idx, []).append(head_scores(scores.detach(), ranks))
+        return _attention(scores, causal).to(value.dtype) @ value
+
+    with replaced_attention(model, attend):
+        yield probe
+
+
+def cut_to(rank: int) -> Change:
+    """Returns the change that cuts the interaction of every head to `rank`."""
+    return lambda scores, causal: truncate_interaction(scores, rank, causal)
+
+
+def without(part: str) -> Change:
+    """Returns the change that takes a part off the scores: "row" or "column" field, or "interaction".
+
+    Raises:
+        ValueError: there is no such part.
+    """
+    if part not in ("row", "column", "interaction"):
+        raise ValueError(f'part={part!r} is not one of "row", "column", "interaction".')
+
+    def change(scores: torch.Tensor, causal: torch.Tensor) -> torch.Tensor:
+        parts = decompose_scores(scores, causal)
+        if part == "row":
+            return scores - parts.row_field[..., None]
+        if part == "column":
+            return scores - parts.column_field[..., None, :]
+        return parts.row_field[..., None] + parts.column_field[..., None, :]
+
+    return change
+
+
+def changed_loss(model: PreTrainedModel, input_ids: torch.Tensor, change: Change) -> float:
+    """Mean loss of a text, in nats a token, when the scores of every head are changed.
+
+    A change reads the score matrix of the whole text, so this is an analysis and not a causal model.
+    """
+    with score_probe(model, change=change):
+        return text_loss(model, input_ids)
+
+
+def text_loss(model: PreTrainedModel, input_ids: torch.Tensor) -> float:
+    """Mean loss of a text, in nats a token, without a cache."""
+    with torch.no_grad():
         logits = model(input_ids=input_ids, use_cache=False).logits
     return float(F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten()))
 
@@ -196,7 +250,7 @@ def score_figure(probe: ScoreProbe, path: str | Path, *, head_dim: int, title: s
         axes[3].plot(layers, values.mean(1), label=label)
         axes[3].fill_between(layers, values.min(1), values.max(1), alpha=0.2)
     axes[3].axhline(head_dim, color="black", linewidth=0.8, linestyle=":", label="head_dim")
-    axes[3].set(title="rank of 90 % of the energy", xlabel="layer")
+    axes[3].set(title="rank of 90 % of the energy (mean, range)", xlabel="layer")
     axes[3].legend(frameon=False)
     if ranks:
         values = torch.stack([probe.mean_divergence(rank).flatten() for rank in ranks])

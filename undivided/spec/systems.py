@@ -11,9 +11,19 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from undivided.spec.carrier import Carrier, Causal, HeadMap, Window
-from undivided.spec.evidence import Alibi, Chart, Cosine, Dot, Evidence, Identity, Relu
-from undivided.spec.regime import Column, ColumnSum, NoAnchor, Plan, Raw, Sinkhorn
+from undivided.spec.carrier import Carrier, Causal, GivenMask, HeadMap, Merge, NullSource, Window
+from undivided.spec.evidence import Alibi, Chart, Cosine, Dot, Evidence, Identity, Relative, Relu
+from undivided.spec.regime import (
+    Column,
+    ColumnSum,
+    Entmax,
+    NoAnchor,
+    Plan,
+    Raw,
+    Sinkhorn,
+    Support,
+    TopK,
+)
 from undivided.spec.specification import (
     AttentionSpec,
     Gate,
@@ -168,6 +178,64 @@ def sliding_window(window: int = 128) -> AttentionSpec:
     return AttentionSpec(carrier=Carrier((Window(window - 1),)))
 
 
+def relative() -> AttentionSpec:
+    """Attention with a learned number for each head and distance."""
+    return AttentionSpec(evidence=Evidence(Chart((Dot(scale=1.0),)), (Relative(),)))
+
+
+def differential(lambda_init: float = 0.2, eps: float = 1e-5) -> AttentionSpec:
+    """Differential attention: as many noise maps as signal maps."""
+    return gda(lambda_init, eps)
+
+
+def gated() -> AttentionSpec:
+    """Gated attention: every channel of a head's output times a sigmoid of the token."""
+    return AttentionSpec(carrier=Carrier(_CAUSAL), update=(Gate("gate"),))
+
+
+def sink() -> AttentionSpec:
+    """Attention with a sink: a null source takes what no key deserves."""
+    return AttentionSpec(Carrier(_CAUSAL, empty_row=NullSource("sink_logit")))
+
+
+def query_key_norm() -> AttentionSpec:
+    """Query-key normalisation: a learned factor times the cosine."""
+    return AttentionSpec(
+        carrier=Carrier(_CAUSAL), evidence=Evidence(Chart((Cosine(scale=1.0, temperature="temperature"),)))
+    )
+
+
+def token_merging() -> AttentionSpec:
+    """Token merging: a merged key counts as often as the keys it stands for."""
+    return AttentionSpec(Carrier(source_map=Merge()))
+
+
+def neighborhood() -> AttentionSpec:
+    """Neighborhood attention: the nearest keys, the window shifted and not cut at the borders."""
+    return AttentionSpec(Carrier((GivenMask("neighborhood"),)))
+
+
+def top_k(k: int = 32) -> AttentionSpec:
+    """Explicit sparse attention: softmax over the k largest scores."""
+    return AttentionSpec(carrier=Carrier(_CAUSAL), probe=Support(), anchor=TopK(k))
+
+
+def entmax(alpha: float = 1.5) -> AttentionSpec:
+    """Adaptively sparse attention: entmax in the place of softmax."""
+    return AttentionSpec(carrier=Carrier(_CAUSAL), probe=Support(), anchor=Entmax(alpha))
+
+
+def retention(eps: float = 1e-5) -> AttentionSpec:
+    """Retention: a product that fades with the distance, without a normaliser over keys."""
+    return AttentionSpec(
+        Carrier(_CAUSAL),
+        Evidence(baseline=(Alibi(),), link=Identity()),
+        Raw(),
+        NoAnchor(),
+        update=(RmsNorm(None, eps),),
+    )
+
+
 def slot() -> AttentionSpec:
     """Inverted attention: softmax over the receivers, which compete for sources."""
     return AttentionSpec(probe=Column(), anchor=ColumnSum())
@@ -284,6 +352,64 @@ SYSTEMS: dict[str, SpecifiedSystem] = {
         SpecifiedSystem(
             "sliding_window", "Sliding window", sliding_window,
             source="Longformer (arXiv 2004.05150), section 3.1"
+        ),
+        SpecifiedSystem(
+            "relative", "Relative bias (T5)", relative,
+            (("relative_table", "one number a head and distance; T5 shares those of far distances"),),
+            "T5 (arXiv 1910.10683)",
+        ),
+        SpecifiedSystem(
+            "differential", "Differential Transformer", differential,
+            (
+                ("query, query_noise", "the two halves of a pair of heads"),
+                ("key, key_noise", "the same for keys"),
+                ("value", "twice as wide as a key"),
+                ("lambda", "one learned number a layer"),
+            ),
+            "Differential Transformer (arXiv 2410.05258)",
+            "GDA with one signal head a noise head.",
+        ),
+        SpecifiedSystem(
+            "gated", "Gated attention", gated,
+            (("gate", "sigmoid(x W) for each head and channel"),),
+            "Gated Attention for Large Language Models (arXiv 2505.06708)",
+        ),
+        SpecifiedSystem(
+            "sink", "Attention sink", sink,
+            (("sink_logit", "one learned logit a head"),),
+            "gpt-oss (arXiv 2508.10925)",
+            "Rows of keys add up to less than one.",
+        ),
+        SpecifiedSystem(
+            "query_key_norm", "QKNorm", query_key_norm,
+            (("temperature", "one learned factor a key head"),),
+            "Query-Key Normalization for Transformers (arXiv 2010.04245)",
+        ),
+        SpecifiedSystem(
+            "token_merging", "ToMe, proportional attention", token_merging,
+            (("assignment", "class of each token, from the similarity of keys"),),
+            "Token Merging (arXiv 2210.09461)",
+            "The baseline is the size of a class; without it a class of n weighs n times too little.",
+        ),
+        SpecifiedSystem(
+            "neighborhood", "Neighborhood attention, one axis", neighborhood,
+            (("neighborhood", "a mask that depends on positions alone"),),
+            "Neighborhood Attention Transformer (arXiv 2204.07143)",
+        ),
+        SpecifiedSystem(
+            "top_k", "Explicit sparse attention", top_k,
+            source="Explicit Sparse Transformer (arXiv 1912.11637)",
+            remark="Not a limit of softmax: of equal scores it keeps the earlier ones.",
+        ),
+        SpecifiedSystem(
+            "entmax", "Adaptively sparse attention", entmax,
+            source="Adaptively Sparse Transformers (arXiv 1909.00015)",
+        ),
+        SpecifiedSystem(
+            "retention", "Retention", retention,
+            (("alibi_slopes", "-log gamma of a head"), ("query, key", "rotated by xPos")),
+            "Retentive Network (arXiv 2307.08621)",
+            "Signed weights: there is no potential and no divergence.",
         ),
         SpecifiedSystem(
             "slot", "Inverted (slot) attention", slot,

@@ -31,6 +31,12 @@ _ALL = 0
 _UP_TO = 1  # x is a query, y a key: y <= x + shift
 _FROM = 2  # x is a key, y a query: y >= x - shift
 
+# Lengths and counts: a kernel for each that is 1 or divides by 16 would be the same kernel compiled again.
+_COUNTS = (
+    "num_x", "num_y", "num_queries", "num_keys", "heads", "x_heads", "key_heads", "group", "x_group", "y_group",
+    "shift", "sweeps", "plane_x", "plane_y",
+)  # fmt: skip
+
 
 @triton.jit
 def _load_rows(pointer, offset, stride, index, count, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
@@ -60,30 +66,34 @@ def _stop(block, shift, num_y, BLOCK_X: tl.constexpr, DIRECTION: tl.constexpr):
 
 
 @triton.jit
-def _meets(x, y, num_x, num_y, shift, DIRECTION: tl.constexpr):
-    inside = (x[:, None] < num_x) & (y[None, :] < num_y)
-    if DIRECTION == 1:
-        inside = inside & (y[None, :] <= x[:, None] + shift)
-    if DIRECTION == 2:
-        inside = inside & (y[None, :] >= x[:, None] - shift)
-    return inside
+def _logits(
+    x_rows, y_rows, x, y, num_y, shift, scale,
+    EVEN: tl.constexpr, DIRECTION: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Logits of a block in base 2, -inf where y does not exist or x may not meet it.
 
-
-@triton.jit
-def _logits(x_rows, y_rows, inside, scale, INTERPRET: tl.constexpr):
-    """Logits of a block in base 2, -inf where the pair does not exist."""
+    An x behind the end meets whatever there is: its row is never stored. EVEN says that no block of y has an end.
+    """
     if INTERPRET:
         # Triton's interpreter multiplies bfloat16 wrongly.
         x_rows, y_rows = x_rows.to(tl.float32), y_rows.to(tl.float32)
     z = tl.dot(x_rows, tl.trans(y_rows), input_precision="ieee") * scale
-    return tl.where(inside, z, float("-inf"))
+    # A query meets no key behind the end, as the last one is the last query's own.
+    if DIRECTION == 1:
+        z = tl.where(y[None, :] <= x[:, None] + shift, z, float("-inf"))
+    else:
+        if not EVEN:
+            z = tl.where(y[None, :] < num_y, z, float("-inf"))
+        if DIRECTION == 2:
+            z = tl.where(y[None, :] >= x[:, None] - shift, z, float("-inf"))
+    return z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _lse_kernel(
     X, Y, Y_FIELD, OUT, sxb, sxh, sxn, syb, syh, syn, num_x, num_y, heads, x_group, y_group, shift, scale,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr,
-    HAS_FIELD: tl.constexpr, DIRECTION: tl.constexpr, INTERPRET: tl.constexpr,
+    HAS_FIELD: tl.constexpr, EVEN: tl.constexpr, DIRECTION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One half-step: `out_x = log2 sum_y 2^(s_xy + field_y)` for one block of x of one head.
 
@@ -104,7 +114,7 @@ def _lse_kernel(
     ):
         y = start + tl.arange(0, BLOCK_Y)
         y_rows = _load_rows(Y, b * syb + h // y_group * syh, syn, y, num_y, DIM, BLOCK_DIM)
-        z = _logits(x_rows, y_rows, _meets(x, y, num_x, num_y, shift, DIRECTION), scale, INTERPRET)
+        z = _logits(x_rows, y_rows, x, y, num_y, shift, scale, EVEN, DIRECTION, INTERPRET)
         if HAS_FIELD:
             z += tl.load(Y_FIELD + bh * num_y + y, mask=y < num_y, other=0.0)[None, :]
         new_top = tl.maximum(top, tl.max(z, 1))
@@ -116,13 +126,14 @@ def _lse_kernel(
     tl.store(OUT + bh * num_x + x, top + tl.log2(total), mask=x < num_x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _output_kernel(
     Q, K, V, COL_FIELD, ROW_MASS, OUT, ROW_LSE, sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh, son,
     num_queries, num_keys, heads, group, shift, scale,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr,
-    HAS_FIELD: tl.constexpr, NORMALIZE: tl.constexpr, DIRECTION: tl.constexpr, INTERPRET: tl.constexpr,
+    HAS_FIELD: tl.constexpr, NORMALIZE: tl.constexpr, EVEN: tl.constexpr, DIRECTION: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """The last pass: `out = P v` of one block of queries of one head; flash attention with a field on keys.
 
@@ -142,7 +153,7 @@ def _output_kernel(
         y = start + tl.arange(0, BLOCK_Y)
         k = _load_rows(K, b * skb + h // group * skh, skn, y, num_keys, DIM, BLOCK_DIM)
         v = _load_rows(V, b * svb + h // group * svh, svn, y, num_keys, VALUE_DIM, BLOCK_VALUE)
-        z = _logits(q, k, _meets(x, y, num_queries, num_keys, shift, DIRECTION), scale, INTERPRET)
+        z = _logits(q, k, x, y, num_keys, shift, scale, EVEN, DIRECTION, INTERPRET)
         if HAS_FIELD:
             z += tl.load(COL_FIELD + bh * num_keys + y, mask=y < num_keys, other=0.0)[None, :]
         if NORMALIZE:
@@ -168,12 +179,12 @@ def _output_kernel(
     tl.store(at, acc.to(OUT.dtype.element_ty), mask=(x[:, None] < num_queries) & (dim[None, :] < VALUE_DIM))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _transfer_kernel(
     X, Y, X_FIELD, Y_FIELD, WEIGHT, OUT, sxb, sxh, sxn, syb, syh, syn, num_x, num_y, heads, x_group, y_group,
     shift, scale, factor,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr,
-    DIRECTION: tl.constexpr, INTERPRET: tl.constexpr,
+    EVEN: tl.constexpr, DIRECTION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One half-step of the backward: `out_x = factor * sum_y 2^(s_xy + x_field + y_field) weight_y`."""
     blocks = tl.cdiv(num_x, BLOCK_X)
@@ -191,19 +202,20 @@ def _transfer_kernel(
     ):
         y = start + tl.arange(0, BLOCK_Y)
         y_rows = _load_rows(Y, b * syb + h // y_group * syh, syn, y, num_y, DIM, BLOCK_DIM)
-        z = _logits(x_rows, y_rows, _meets(x, y, num_x, num_y, shift, DIRECTION), scale, INTERPRET)
+        z = _logits(x_rows, y_rows, x, y, num_y, shift, scale, EVEN, DIRECTION, INTERPRET)
         y_field = tl.load(Y_FIELD + bh * num_y + y, mask=y < num_y, other=0.0)
         weight = tl.load(WEIGHT + bh * num_y + y, mask=y < num_y, other=0.0)
         total += tl.sum(tl.exp2(z + x_field[:, None] + y_field[None, :]) * weight[None, :], 1)
     tl.store(OUT + bh * num_x + x, total * factor, mask=x < num_x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _value_gradient_kernel(
     Q, K, V, DOUT, ROW_FIELD, COL_FIELD, ROW_DELTA, DV, GAMMA, sqb, sqh, sqn, skb, skh, skn, svb, svh, svn,
     sob, soh, son, num_queries, num_keys, key_heads, group, shift, scale,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
-    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, DIRECTION: tl.constexpr, INTERPRET: tl.constexpr,
+    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, EVEN: tl.constexpr, DIRECTION: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """`dv_m = sum_n P_nm dout_n` of keys; a head's `gamma_m = sum_n P_nm (dout_n . v_m - Delta_n)`.
 
@@ -228,7 +240,7 @@ def _value_gradient_kernel(
             y = start + tl.arange(0, BLOCK_Y)
             q = _load_rows(Q, b * sqb + h * sqh, sqn, y, num_queries, DIM, BLOCK_DIM)
             dout = _load_rows(DOUT, b * sob + h * soh, son, y, num_queries, VALUE_DIM, BLOCK_VALUE)
-            z = _logits(k, q, _meets(x, y, num_keys, num_queries, shift, DIRECTION), scale, INTERPRET)
+            z = _logits(k, q, x, y, num_queries, shift, scale, EVEN, DIRECTION, INTERPRET)
             row_field = tl.load(ROW_FIELD + bh * num_queries + y, mask=y < num_queries, other=0.0)
             delta = tl.load(ROW_DELTA + bh * num_queries + y, mask=y < num_queries, other=0.0)
             p = tl.exp2(z + col_field[:, None] + row_field[None, :])
@@ -244,13 +256,14 @@ def _value_gradient_kernel(
     tl.store(at, dv.to(DV.dtype.element_ty), mask=(x[:, None] < num_keys) & (dim[None, :] < VALUE_DIM))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _logit_gradient_kernel(
     X, Y, XO, YO, X_FIELD, Y_FIELD, X_DELTA, Y_DELTA, X_FIRST, Y_FIRST, X_SECOND, Y_SECOND,
     WEIGHT_FIRST, WEIGHT_SECOND, DX, sxb, sxh, sxn, syb, syh, syn, uxb, uxh, uxn, uyb, uyh, uyn,
     num_x, num_y, x_heads, group, y_group, shift, scale, sweeps, plane_x, plane_y,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
-    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, DIRECTION: tl.constexpr, INTERPRET: tl.constexpr,
+    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, EVEN: tl.constexpr, DIRECTION: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """`dx = scale * sum_y ds_xy y` for one block of x (queries, or keys of a group of query heads).
 
@@ -288,7 +301,7 @@ def _logit_gradient_kernel(
             ay = bh * num_y + y
             y_rows = _load_rows(Y, b * syb + h // y_group * syh, syn, y, num_y, DIM, BLOCK_DIM)
             yo = _load_rows(YO, b * uyb + h // y_group * uyh, uyn, y, num_y, VALUE_DIM, BLOCK_VALUE)
-            z = _logits(x_rows, y_rows, _meets(x, y, num_x, num_y, shift, DIRECTION), scale, INTERPRET)
+            z = _logits(x_rows, y_rows, x, y, num_y, shift, scale, EVEN, DIRECTION, INTERPRET)
             y_field = tl.load(Y_FIELD + ay, mask=in_y, other=0.0)
             y_delta = tl.load(Y_DELTA + ay, mask=in_y, other=0.0)
             if INTERPRET:
@@ -314,27 +327,37 @@ def _logit_gradient_kernel(
     tl.store(at, (dx * (scale * _LN2)).to(DX.dtype.element_ty), mask=in_x[:, None] & (dim[None, :] < DIM))
 
 
+# In half precision: width of the wider head up to which, to each kernel's rows of x and y, warps and stages. Up to 64
+# they are the fastest of five or six tried on an H100 at 8192 tokens (with five sweeps for the gradients of logits);
+# the wider ones were chosen to fit, not timed.
+_SIZES = {
+    64: {
+        "lse": (64, 128, 4, 3), "transfer": (128, 64, 4, 3), "output": (128, 64, 4, 3),
+        "value_gradient": (128, 64, 4, 2), "logit_gradient": (64, 32, 4, 2),
+    },
+    128: {
+        "lse": (128, 64, 8, 3), "transfer": (128, 64, 8, 3), "output": (128, 64, 8, 2),
+        "value_gradient": (64, 64, 8, 2), "logit_gradient": (64, 64, 8, 2),
+    },
+    256: {
+        "lse": (128, 32, 8, 3), "transfer": (128, 32, 8, 3), "output": (128, 32, 8, 2),
+        "value_gradient": (32, 32, 8, 2), "logit_gradient": (32, 32, 8, 2),
+    },
+}  # fmt: skip
+
+
 def block_sizes(kernel: str, dim: int, value_dim: int, dtype: torch.dtype) -> dict[str, int]:
     """Rows of x and y a program holds, and its warps and stages; chosen by size, never searched."""
-    widest = max(16, triton.next_power_of_2(max(dim, value_dim)))
+    widest = max(dim, value_dim)
     if interprets():
         return {"BLOCK_X": 32, "BLOCK_Y": 32}
     if dtype == torch.float32:
         # Exact float32 products take registers and shared memory for two operands of twice the width.
         edge = 32 if widest <= 128 else 16
-        return {"BLOCK_X": edge, "BLOCK_Y": edge, "num_warps": 4, "num_stages": 1}
-    if kernel in ("lse", "transfer"):
-        warps = 4 if widest <= 64 else 8
-        return {"BLOCK_X": 128, "BLOCK_Y": 64 if widest <= 128 else 32, "num_warps": warps, "num_stages": 3}
-    if kernel == "output":
-        return {
-            "BLOCK_X": 128,
-            "BLOCK_Y": 64 if widest <= 128 else 32,
-            "num_warps": 4 if widest <= 64 else 8,
-            "num_stages": 2,
-        }
-    edge = 64 if widest <= 128 else 32
-    return {"BLOCK_X": edge, "BLOCK_Y": edge, "num_warps": 4 if widest <= 64 else 8, "num_stages": 2}
+        chosen = (edge, edge, 4, 1)
+    else:
+        chosen = next(sizes[kernel] for width, sizes in _SIZES.items() if widest <= width)
+    return dict(zip(("BLOCK_X", "BLOCK_Y", "num_warps", "num_stages"), chosen, strict=True))
 
 
 def _dims(dim: int, value_dim: int | None = None) -> dict[str, int]:
@@ -342,6 +365,11 @@ def _dims(dim: int, value_dim: int | None = None) -> dict[str, int]:
     if value_dim is not None:
         dims |= {"VALUE_DIM": value_dim, "BLOCK_VALUE": max(16, triton.next_power_of_2(value_dim))}
     return dims
+
+
+def _reach(direction: int, num_y: int, sizes: dict[str, int]) -> dict[str, int | bool]:
+    """How the y of a block are bounded: one kernel where no block has an end, another where the last one does."""
+    return {"DIRECTION": direction, "EVEN": direction != _UP_TO and num_y % sizes["BLOCK_Y"] == 0}
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -384,7 +412,8 @@ class _Passes:
         _lse_kernel[grid](
             x, y, out if y_field is None else y_field, out, *x.stride()[:3], *y.stride()[:3], num_x, num_y,
             self.heads, x_group, y_group, self.shift, self.scale,
-            HAS_FIELD=y_field is not None, DIRECTION=direction, **_dims(self.dim), **sizes, **self.common,
+            HAS_FIELD=y_field is not None, **_reach(direction, num_y, sizes), **_dims(self.dim), **sizes,
+            **self.common,
         )  # fmt: skip
 
     def output(
@@ -399,7 +428,7 @@ class _Passes:
             *self.query.stride()[:3], *self.key.stride()[:3], *self.value.stride()[:3], *out.stride()[:3],
             self.num_queries, self.num_keys, self.heads, self.group, self.shift, self.scale,
             HAS_FIELD=col_field is not None, NORMALIZE=normalize,
-            DIRECTION=_UP_TO if self.is_causal else _ALL,
+            **_reach(_UP_TO if self.is_causal else _ALL, self.num_keys, sizes),
             **_dims(self.dim, self.value_dim), **sizes, **self.common,
         )  # fmt: skip
         return out
@@ -412,7 +441,7 @@ class _Passes:
         _transfer_kernel[grid](
             x, y, x_field, y_field, weight, out, *x.stride()[:3], *y.stride()[:3], num_x, num_y, self.heads,
             x_group, y_group, self.shift, self.scale, factor,
-            DIRECTION=direction, **_dims(self.dim), **sizes, **self.common,
+            **_reach(direction, num_y, sizes), **_dims(self.dim), **sizes, **self.common,
         )  # fmt: skip
         return out
 
@@ -425,7 +454,7 @@ class _Passes:
             self.query, self.key, self.value, dout, row_field, col_field, row_delta, dv, gamma,
             *self.query.stride()[:3], *self.key.stride()[:3], *self.value.stride()[:3], *dout.stride()[:3],
             self.num_queries, self.num_keys, self.key_heads, self.group, self.shift, self.scale,
-            DIRECTION=_FROM if self.is_causal else _ALL,
+            **_reach(_FROM if self.is_causal else _ALL, self.num_queries, sizes),
             **_dims(self.dim, self.value_dim), **sizes, **self.common,
         )  # fmt: skip
         return dv, gamma
@@ -443,7 +472,7 @@ class _Passes:
             *x.stride()[:3], *y.stride()[:3], *xo.stride()[:3], *yo.stride()[:3],
             num_x, num_y, x.shape[1], group, y_group, self.shift, self.scale, weights[0].shape[0],
             self.batch * self.heads * num_x, self.batch * self.heads * num_y,
-            DIRECTION=direction, **_dims(self.dim, self.value_dim), **sizes, **self.common,
+            **_reach(direction, num_y, sizes), **_dims(self.dim, self.value_dim), **sizes, **self.common,
         )  # fmt: skip
         return dx
 

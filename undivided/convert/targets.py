@@ -1,0 +1,192 @@
+"""The attentions a checkpoint can be converted to: one row each, which the pipeline and the command line read.
+
+A row belongs to the entry of the same name in `undivided.convert.CONVERTERS`, the function that converts a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a conversion.
+
+    Args:
+        kind: int, float, str or bool.
+        help: one sentence for the command line, with the default in brackets.
+        flag: its name on the command line; None is the converter's keyword with dashes.
+        read: from what the command line gives to what the converter takes.
+    """
+
+    kind: type
+    help: str
+    flag: str | None = None
+    read: Callable[[Any], Any] = lambda given: given
+
+
+@dataclass(frozen=True)
+class Target:
+    """One row: what `to=` can be.
+
+    Args:
+        title: what it makes from what, in words.
+        options: the converter's keyword to the option. Two rows that share a keyword share the option.
+        required: keywords that have no default.
+        calibrates: whether the activations of a text decide the conversion.
+        latent_source: whether the source may have latent attention.
+        first: the target that a source without latent attention is converted to before.
+        check: raises a ValueError if options cannot go together, before anything is loaded.
+    """
+
+    title: str
+    options: Mapping[str, Option] = field(default_factory=dict)
+    required: tuple[str, ...] = ()
+    calibrates: bool = True
+    latent_source: bool = False
+    first: str | None = None
+    check: Callable[[Mapping[str, Any]], None] = lambda options: None
+
+
+def _freqfold(given: str) -> int | str:
+    if given != "auto" and not given.isdigit():
+        raise ValueError(f'--freqfold {given} is neither "auto" nor a number.')
+    return given if given == "auto" else int(given)
+
+
+def _heads(given: str) -> list[int]:
+    parts = given.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise ValueError(f"--keep-heads {given} is no list of heads; write it as 0,1,4.")
+    return [int(part) for part in parts]
+
+
+def _check_tpla(options: Mapping[str, Any]) -> None:
+    from undivided.convert.tpla import check_options
+
+    if "latent_dim" in options:
+        own = {name: options[name] for name in TARGETS["tpla"].options if name in options}
+        check_options({options["latent_dim"]}, **own)
+
+
+_KEY_HEADS = Option(int, "Key and value heads.")
+_POOL = Option(str, "A new key head is the mean, or the first, of a run of old ones [mean].")
+
+TARGETS: dict[str, Target] = {
+    "mla": Target(
+        "latent attention by TransMLA, from grouped-query attention",
+        {
+            "latent_dim": Option(int, "Width of the latent [512]."),
+            "rope_dim": Option(int, "Dimensions that keep their rotary positions [64]."),
+            "query_latent_dim": Option(int, "Width of a latent for the queries [none]."),
+            "freqfold": Option(
+                str, "Rotary frequencies folded into one: auto or a number [auto].", read=_freqfold
+            ),
+            "balance_kv_ratio": Option(
+                float,
+                "Key norm over value norm before the PCA; 0 turns it off [1].",
+                "--balance",
+                lambda ratio: ratio or None,
+            ),
+            "rank": Option(str, "pca, or full: lossless, at the cache of the source [pca]."),
+            "latent_norm": Option(bool, "Normalise the latent, as DeepSeek does."),
+        },
+    ),
+    "tpla": Target(
+        "latent attention in shards, from latent attention, or through mla and with its options",
+        {
+            "num_shards": Option(int, "Shards of the latent [2].", "--shards"),
+            "transform": Option(str, "pca, hadamard, random or none [pca]."),
+            "norm": Option(str, "local or exact [local]."),
+            "softmax": Option(str, "local or exact [local]."),
+            "prefill": Option(str, "sliced or exact [sliced]."),
+            "logit_scale": Option(str, "lstsq, inverse, literal or one [lstsq]."),
+        },
+        latent_source=True,
+        first="mla",
+        check=_check_tpla,
+    ),
+    "gqa": Target(
+        "fewer key and value heads, from multi-head or grouped-query attention",
+        {"num_key_value_heads": _KEY_HEADS, "pool": _POOL},
+        required=("num_key_value_heads",),
+        calibrates=False,
+    ),
+    "kdgqa": Target(
+        "as gqa, and key heads with larger keys serve more query heads",
+        {
+            "num_key_value_heads": _KEY_HEADS,
+            "pool": _POOL,
+            "rule": Option(str, "kd, or dgqa_ema: shares in proportion to the norms [kd]."),
+        },
+        required=("num_key_value_heads",),
+    ),
+    "sqa": Target(
+        "fewer query heads, from multi-head or grouped-query attention",
+        {
+            "num_query_heads": Option(int, "Query heads to keep, the best ones."),
+            "num_key_value_heads": _KEY_HEADS,
+            "keep_heads": Option(
+                str, "In place of a number the heads themselves, such as 0,1,4.", read=_heads
+            ),
+            "refit": Option(bool, "Fit the output projection to the outputs of all heads."),
+        },
+    ),
+    "moh": Target(
+        "a router that picks heads for each token, from multi-head or grouped-query attention",
+        {
+            "shared_heads": Option(int, "Heads that every token uses, the first ones."),
+            "top_k": Option(int, "Other heads that a token uses."),
+            "router": Option(
+                str, "query_norm, which needs no training, or linear: new weights [query_norm]."
+            ),
+            "gate_mode": Option(str, "binary, or released: chosen heads are weighed [binary]."),
+            "balance_coeff": Option(float, "Factor of the balance loss in training [0.01]."),
+        },
+        required=("shared_heads", "top_k"),
+        calibrates=False,
+    ),
+    "gda-grow": Target(
+        "a larger model, from grouped differential attention",
+        {
+            "signal_factor": Option(int, "Copies of each signal head [2]."),
+            "width_factor": Option(int, "Copies of the hidden size and of the MLPs' width [1]."),
+            "symmetry_break": Option(
+                float, "Noise between copies that keeps the function, in deviations of the weights [0.1]."
+            ),
+            "query_noise": Option(float, "Noise on the copies' queries, which changes the function [0]."),
+        },
+        calibrates=False,
+    ),
+}
+
+
+def target(to: str) -> Target:
+    """Returns the row of a name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if to not in TARGETS:
+        raise ValueError(f"to={to!r} is not one of {', '.join(TARGETS)}.")
+    return TARGETS[to]
+
+
+def check_options(to: str, options: Mapping[str, Any]) -> None:
+    """Raises a ValueError unless every option belongs to a target, or to the one its source is converted to before.
+
+    Values are checked by the converters; those that a later step would refuse, here.
+    """
+    row = target(to)
+    own = {**(TARGETS[row.first].options if row.first else {}), **row.options}
+    strange = [name for name in options if name not in own]
+    if strange:
+        others = [f'"{name}"' for name, other in TARGETS.items() if strange[0] in other.options]
+        whose = f"an option of {', '.join(others)}" if others else f"unknown; it has {', '.join(own)}"
+        raise ValueError(f'to="{to}" takes no {", ".join(strange)}; {strange[0]} is {whose}.')
+    missing = [name for name in row.required if name not in options]
+    if missing:
+        raise ValueError(f'to="{to}" needs {", ".join(missing)}.')
+    row.check(options)
