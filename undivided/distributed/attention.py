@@ -79,8 +79,11 @@ class RankLatentAttention(LatentAttention):
         if isinstance(self.kv_a_layernorm, nn.Identity) or self.alone:
             return self.kv_a_layernorm(latent)
         if exact or self.norm == "exact":
-            return self.kv_a_layernorm(latent, reduce=lambda x: self.collectives.sum_over_shards(x, "norm"))
+            return self.kv_a_layernorm(latent, reduce=self._sum_energy)
         return self.kv_a_layernorm(latent, self.norm_scale)
+
+    def _sum_energy(self, energy: torch.Tensor) -> torch.Tensor:
+        return self.collectives.sum_over_shards(energy, "norm", self.layer_idx)
 
     def attend(
         self,
@@ -112,7 +115,8 @@ class RankLatentAttention(LatentAttention):
         """Sums the content logits over the shards, so that all of them weigh the keys alike, as MLA would."""
         up_key, up_value = self.up_projections()
         content = torch.einsum("bhnd,hdr->bhnr", query_nope, up_key) @ latent.transpose(-2, -1)
-        logits = self.collectives.sum_over_shards(content, "logits") + query_rope @ rope_key.transpose(-2, -1)
+        logits = self.collectives.sum_over_shards(content, "logits", self.layer_idx)
+        logits = logits + query_rope @ rope_key.transpose(-2, -1)
         logits = self.scale * logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
@@ -127,7 +131,7 @@ class RankLatentAttention(LatentAttention):
 
     def project_output(self, heads: torch.Tensor) -> torch.Tensor:
         partial = nn.functional.linear(heads.transpose(1, 2).flatten(2), self.o_proj.weight)
-        out = self.collectives.sum_over_world(partial, "output")
+        out = self.collectives.sum_over_world(partial, "output", self.layer_idx)
         return out if self.o_proj.bias is None else out + self.o_proj.bias
 
     def slices(self, whole: LatentAttention) -> dict[str, list[tuple[slice, ...]]]:

@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+
+class LostPeerError(ConnectionError):
+    """Another rank did not answer: its process ended, it gave up, or nothing came from it in time."""
+
+
+@contextmanager
+def waiting(sentence: str, timeout: timedelta | None) -> Iterator[None]:
+    """Turns the backend's error inside the context into a sentence: who waited for whom and for what, and why in vain.
+
+    Raises:
+        LostPeerError: the backend raised.
+    """
+    began = time.monotonic()
+    try:
+        yield
+    except RuntimeError as error:
+        reason = "the connection is closed: that rank was lost, or has given up itself"
+        if timeout is None:
+            reason += ", or nothing came in time"
+        elif time.monotonic() - began >= timeout.total_seconds():
+            reason = f"nothing came within {timeout.total_seconds():g} s"
+        raise LostPeerError(f"{sentence}; {reason}.") from error
 
 
 class Collectives:
@@ -13,33 +40,68 @@ class Collectives:
 
     Args:
         num_shards: shards of the latent; ranks with the same part of the heads, one of each shard, are peers.
+        ranks: those that hold the model together, in the order of the grid; by default all.
+        timeout: longest wait for the others of the group; by default that of the process group.
 
     Attributes:
         counts: how many all-reduces were made, by purpose: "output", "norm", "logits", "mlp".
+
+    Raises:
+        LostPeerError: a rank of the grid does not come to form the groups, or to a sum.
     """
 
-    def __init__(self, num_shards: int) -> None:
+    def __init__(
+        self, num_shards: int, ranks: Sequence[int] | None = None, timeout: timedelta | None = None
+    ) -> None:
         self.counts: Counter[str] = Counter()
-        world_size, rank = dist.get_world_size(), dist.get_rank()
-        num_parts = world_size // num_shards
-        self.peers = None
-        # Every rank must create every group, in the same order.
-        for part in range(num_parts):
-            ranks = [shard * num_parts + part for shard in range(num_shards)]
-            group = dist.new_group(ranks)
-            if rank in ranks:
-                self.peers = group
+        self.timeout = timeout
+        self.rank = dist.get_rank()
+        self.ranks = list(range(dist.get_world_size()) if ranks is None else ranks)
+        num_parts = len(self.ranks) // num_shards
+        self.peer_ranks = self.ranks[self.ranks.index(self.rank) % num_parts :: num_parts]
+        self.group = None if ranks is None else self._new_group(self.ranks)
+        together = self.peer_ranks == self.ranks
+        self.peers = self.group if together else self._new_group(self.peer_ranks)
+        self._closed = False
 
-    def sum_over_world(self, x: torch.Tensor, purpose: str) -> torch.Tensor:
-        """Returns the sum of `x` over all ranks, the same bits on each."""
-        return self._sum(x, None, purpose)
+    def sum_over_world(self, x: torch.Tensor, purpose: str, layer_idx: int) -> torch.Tensor:
+        """Returns the sum of `x` over all ranks of the grid, the same bits on each."""
+        return self._sum(x, self.group, self.ranks, purpose, layer_idx)
 
-    def sum_over_shards(self, x: torch.Tensor, purpose: str) -> torch.Tensor:
+    def sum_over_shards(self, x: torch.Tensor, purpose: str, layer_idx: int) -> torch.Tensor:
         """Returns the sum of `x` over the ranks that hold the other shards of the same heads."""
-        return self._sum(x, self.peers, purpose)
+        return self._sum(x, self.peers, self.peer_ranks, purpose, layer_idx)
 
-    def _sum(self, x: torch.Tensor, group: dist.ProcessGroup | None, purpose: str) -> torch.Tensor:
+    def close(self) -> None:
+        """Gives back the groups that were formed here; nothing can be summed afterwards."""
+        for group in {self.group, self.peers} - {None}:
+            dist.destroy_process_group(group)
+        # Gloo's threads end with the last reference; at the end of the interpreter they may crash it.
+        self.group = self.peers = None
+        self._closed = True
+
+    def _sum(
+        self,
+        x: torch.Tensor,
+        group: dist.ProcessGroup | None,
+        ranks: Sequence[int],
+        purpose: str,
+        layer_idx: int,
+    ) -> torch.Tensor:
+        if self._closed:
+            raise ValueError(
+                "the process groups of this model are closed; open it in a Separation that is going on."
+            )
         self.counts[purpose] += 1
         x = x.contiguous()
-        dist.all_reduce(x, group=group)
+        with waiting(f"{self._waits_for(ranks)} to sum the {purpose} of layer {layer_idx}", self.timeout):
+            dist.all_reduce(x, group=group)
         return x
+
+    def _new_group(self, ranks: list[int]) -> dist.ProcessGroup:
+        with waiting(f"{self._waits_for(ranks)} to form a process group", self.timeout):
+            return dist.new_group(ranks, timeout=self.timeout, use_local_synchronization=True)
+
+    def _waits_for(self, ranks: Sequence[int]) -> str:
+        others = [str(rank) for rank in ranks if rank != self.rank]
+        return f"rank {self.rank} waited for rank {' or '.join(others)}"

@@ -29,9 +29,12 @@ class RankMLP(nn.Module):
         mlp: a native MLP with `gate_proj`, `up_proj` and `down_proj`; its projections are narrowed in place.
         rank, world_size: of this process; `world_size` divides the MLP's width.
         collectives: the sums over ranks.
+        layer_idx: index of the layer.
     """
 
-    def __init__(self, mlp: nn.Module, rank: int, world_size: int, collectives: Collectives) -> None:
+    def __init__(
+        self, mlp: nn.Module, rank: int, world_size: int, collectives: Collectives, layer_idx: int
+    ) -> None:
         super().__init__()
         width = mlp.down_proj.in_features
         if width % world_size:
@@ -41,13 +44,14 @@ class RankMLP(nn.Module):
         self.rows = slice(rank * (width // world_size), (rank + 1) * (width // world_size))
         self.mlp = mlp
         self.collectives = collectives
+        self.layer_idx = layer_idx
         hidden, local = mlp.down_proj.out_features, width // world_size
         for name in ("gate_proj", "up_proj"):
             setattr(mlp, name, nn.Linear(hidden, local, bias=False))
         mlp.down_proj = nn.Linear(local, hidden, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.collectives.sum_over_world(self.mlp(hidden_states), "mlp")
+        return self.collectives.sum_over_world(self.mlp(hidden_states), "mlp", self.layer_idx)
 
     def slices(self) -> dict[str, list[tuple[slice, ...]]]:
         """Returns which parts of each tensor of the whole MLP make this rank's."""
@@ -70,6 +74,16 @@ def open_distributed(
     Arguments, results and errors are those of `load_distributed`; a folder that is damaged, or that holds a native
     model, is refused with a sentence before anything is loaded.
     """
+    config, tokenizer = open_folder(path)
+    return load_distributed(path, dtype=dtype, device=device, shard_mlp=shard_mlp, config=config), tokenizer
+
+
+def open_folder(path: str | Path) -> tuple[UndividedConfig, PreTrainedTokenizerBase]:
+    """Checks a converted checkpoint folder and returns its config and tokenizer.
+
+    Raises:
+        ValueError: the folder is damaged, or holds a native model.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     path = Path(path)
@@ -81,8 +95,7 @@ def open_distributed(
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     if config.model_type != MODEL_TYPE:
         raise ValueError(f"{path} holds a native {config.model_type} model; convert it to mla or tpla first.")
-    model = load_distributed(path, dtype=dtype, device=device, shard_mlp=shard_mlp)
-    return model, AutoTokenizer.from_pretrained(path, local_files_only=True)
+    return config, AutoTokenizer.from_pretrained(path, local_files_only=True)
 
 
 def load_distributed(
@@ -91,17 +104,22 @@ def load_distributed(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     shard_mlp: bool = False,
+    config: UndividedConfig | None = None,
+    collectives: Collectives | None = None,
 ) -> UndividedForCausalLM:
     """Loads this rank's part of a checkpoint whose layers are MLA, GLA or TPLA.
 
     Every rank holds its shard of the latent (weights and cache), its run of the heads, and the rest of the model
-    whole. A layer costs one all-reduce a forward (two with `shard_mlp`). `torch.distributed` must be initialised.
+    whole; a rank that is alone holds the model as one process would. A layer costs one all-reduce a forward (two
+    with `shard_mlp`). `torch.distributed` must be initialised.
 
     Args:
         path: a folder written by a converter.
         dtype: of the loaded weights; by default the checkpoint's.
         device: where they go.
         shard_mlp: also split the MLPs over the ranks.
+        config: how the weights are read; by default as the folder's config says.
+        collectives: of the ranks that hold the model together; by default those of all ranks.
 
     Returns:
         The model; `model.collectives` counts what crossed the ranks.
@@ -109,18 +127,22 @@ def load_distributed(
     Raises:
         ValueError: the world size does not fit shards and heads (the message says which would), a layer has no
             latent attention, or a tensor is missing from the files.
+        LostPeerError: one of the ranks is lost.
     """
     from accelerate import init_empty_weights
 
     path = Path(path)
-    config = UndividedConfig.from_pretrained(path)
-    layouts = rank_layouts(config, dist.get_rank(), dist.get_world_size())
+    config = UndividedConfig.from_pretrained(path) if config is None else config
+    members = list(range(dist.get_world_size())) if collectives is None else collectives.ranks
+    alone = len(members) == 1
+    layouts = [] if alone else rank_layouts(config, members.index(dist.get_rank()), len(members))
+    if collectives is None:
+        collectives = Collectives(1 if alone else layouts[0].num_shards)
     # Buffers are real from the start: rotary tables are computed, not loaded.
     with init_empty_weights(include_buffers=False):
         model = UndividedForCausalLM(config)
-    collectives = Collectives(layouts[0].num_shards)
     slices: dict[str, list[tuple[slice, ...]]] = {}
-    for index, (layer, layout) in enumerate(zip(model.decoder_layers, layouts, strict=True)):
+    for index, (layer, layout) in enumerate(zip(model.decoder_layers, layouts, strict=not alone)):
         prefix = next(name for name, module in model.named_modules() if module is layer)
         with init_empty_weights(include_buffers=False):
             part = RankLatentAttention(layer.self_attn, layout, collectives)
@@ -131,7 +153,7 @@ def load_distributed(
                     raise ValueError(
                         f"shard_mlp=True, but the MLP of layer {index} is a {type(layer.mlp).__name__}."
                     )
-                mlp = RankMLP(layer.mlp, layout.rank, layout.world_size, collectives)
+                mlp = RankMLP(layer.mlp, layout.rank, layout.world_size, collectives, index)
                 slices |= {f"{prefix}.mlp.{k}": v for k, v in mlp.slices().items()}
                 layer.mlp = mlp
     _read_parts(model, path, slices, dtype or config.dtype or torch.float32)
