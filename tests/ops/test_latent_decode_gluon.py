@@ -114,31 +114,14 @@ def test_a_captured_graph_follows_the_lengths(attend, device):
 
 
 COMPILE = """
-import subprocess, tempfile
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
+import torch
+from tests.ops.ahead_of_time import compile_only, ptxas
 
-class NoDevice:
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device=0): return 0
-    def get_active_torch_device(self): return torch.device("cpu")
+def report(name, kernel, options):
+    said = ptxas(kernel)
+    return name, kernel.metadata.shared, "serialized" in said, "0 bytes spill stores" in said
 
-driver.set_active(NoDevice())
-run = JITFunction.run
-
-def compile_only(self, *args, grid, warmup, **options):
-    kernel = run(self, *args, grid=grid, warmup=True, **options)
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(kernel.asm["ptx"])
-        file.flush()
-        command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    print(self.fn.__name__, kernel.metadata.shared, "serialized" in said, "0 bytes spill stores" in said)
-
-JITFunction.run = compile_only
+compile_only(report)
 from undivided.ops.latent_decode import gluon as decode
 
 for heads, latent_dim, rope_dim, page_size, queries, num_splits in (

@@ -173,26 +173,10 @@ def test_tilings_fit_smaller_devices():
 
 
 COMPILE = """
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
+import torch
+from tests.ops.ahead_of_time import compile_only
 
-class NoDevice:
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device=0): return 0
-    def get_active_torch_device(self): return torch.device("cpu")
-
-driver.set_active(NoDevice())
-run = JITFunction.run
-
-def compile_only(self, *args, grid, warmup, **options):
-    kernel = run(self, *args, grid=grid, warmup=True, **options)
-    kernel.asm["cubin"]
-    print(self.fn.__name__, kernel.metadata.shared, options.get("BLOCK_ROWS"), flush=True)
-
-JITFunction.run = compile_only
+compile_only(lambda name, kernel, options: (name, kernel.metadata.shared, options.get("BLOCK_ROWS")))
 from undivided.ops.latent_decode import triton as decode
 
 def attend(heads, latent_dim, rope_dim=64, tiling=None, page_size=0, num_splits=8, dtype=torch.bfloat16):

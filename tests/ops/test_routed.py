@@ -279,26 +279,10 @@ def test_the_host_never_waits():
 
 
 COMPILES = """
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
+import torch
+from tests.ops.ahead_of_time import compile_only, name_and_shared
 
-class NoDevice:
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device=0): return 0
-    def get_active_torch_device(self): return torch.device("cpu")
-
-driver.set_active(NoDevice())
-run = JITFunction.run
-
-def compile_only(self, *args, grid, warmup, **options):
-    kernel = run(self, *args, grid=grid, warmup=True, **options)
-    kernel.asm["cubin"]
-    print(self.fn.__name__, kernel.metadata.shared, flush=True)
-
-JITFunction.run = compile_only
+compile_only(name_and_shared)
 from undivided.ops.routed import backward, triton as forward
 
 for width in (64, 128):
@@ -319,8 +303,8 @@ def test_every_kernel_compiles_for_hopper_and_fits_its_shared_memory(run_python)
 
 
 def test_tilings_fit_smaller_devices():
+    from undivided.ops._flash import forward_tiling
     from undivided.ops.routed.backward import key_tiling, query_tiling
-    from undivided.ops.routed.triton import forward_tiling
 
     for choose in (forward_tiling, query_tiling, key_tiling):
         for width in (64, 128, 256):

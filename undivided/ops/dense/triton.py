@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
-LOG2E = 1.4426950408889634
+from undivided.ops._flash import LOG2E, Tiling, add_keys, block_width, load_tile, precision, rows_contiguous
+
 _SIZES = ("num_queries", "num_keys", "heads", "key_heads", "value_heads")
 
 
@@ -37,7 +35,7 @@ def _forward_kernel(
     key_head = tl.where(exists, key_head, 0)
     value_head = tl.where(exists, value_head, 0)
 
-    q = _load_tile(
+    q = load_tile(
         query + batch * query_stride_b + head * query_stride_h, first_row, query_stride_n, num_queries,
         HEAD_DIM, BLOCK_M, BLOCK_D, True,
     )  # fmt: skip
@@ -58,11 +56,11 @@ def _forward_kernel(
     top = tl.full([BLOCK_M], -1.0e30, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     accumulator = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    accumulator, top, total = _add_keys(
+    accumulator, top, total = add_keys(
         accumulator, top, total, q, key, value, 0, common, limit, num_keys, scale, key_stride_m, value_stride_m,
         HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, False, PRECISION,
     )  # fmt: skip
-    accumulator, top, total = _add_keys(
+    accumulator, top, total = add_keys(
         accumulator, top, total, q, key, value, common, last, limit, num_keys, scale, key_stride_m, value_stride_m,
         HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, True, PRECISION,
     )  # fmt: skip
@@ -82,60 +80,6 @@ def _forward_kernel(
     tl.store(out + offset, accumulator.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _load_tile(
-    base, first, stride, count, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr
-):  # fmt: skip
-    """Rows `first .. first + ROWS - 1`; rows from `count` on and columns from WIDTH on are zero."""
-    row = tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
-    # int64: a token's stride times a million tokens passes 2**31. Within a tile it does not.
-    base += tl.cast(first, tl.int64) * stride
-    offset = row[:, None] * stride + column[None, :]
-    if MASKED:
-        tile = tl.load(
-            base + offset, mask=(first + row < count)[:, None] & (column < WIDTH)[None, :], other=0.0
-        )
-    elif WIDTH < COLUMNS:
-        tile = tl.load(base + offset, mask=(column < WIDTH)[None, :], other=0.0)
-    else:
-        tile = tl.load(base + offset)
-    return tile
-
-
-@triton.jit
-def _add_keys(
-    accumulator, top, total, q, key, value, first, last, limit, num_keys, scale, key_stride, value_stride,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Adds keys `first .. last - 1` to the running softmax of a block of queries."""
-    for start in tl.range(first, last, BLOCK_N):
-        k = _load_tile(key, start, key_stride, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        if MASKED:
-            column = start + tl.arange(0, BLOCK_N)
-            scores = tl.where(column[None, :] < limit[:, None], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_top[:, None])
-        decay = tl.exp2(top - new_top)
-        total = total * decay + tl.sum(weights, 1)
-        top = new_top
-        v = _load_tile(value, start, value_stride, num_keys, VALUE_DIM, BLOCK_N, BLOCK_V, MASKED)
-        accumulator = tl.dot(weights.to(v.dtype), v, accumulator * decay[:, None], input_precision=PRECISION)
-    return accumulator, top, total
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How the kernel is cut: rows and keys of a program's tile, its warps, and the blocks in flight."""
-
-    rows: int
-    keys: int
-    num_warps: int
-    num_stages: int
-
-
 def tiling(head_dim: int, value_dim: int, element_size: int) -> Tiling:
     """Returns the tiling for padded widths: measured on an H100 at 64; smaller tiles keep wider heads in registers."""
     if element_size == 4:
@@ -149,37 +93,23 @@ def forward(query, key, value, key_map, value_map, is_causal, scale, with_lse, c
     """Returns out and the natural log-sums; the latter have no element without `with_lse`."""
     batch, heads, num_queries, head_dim = query.shape
     value_dim = value.shape[3]
-    query, key, value = map(_rows, (query, key, value))
+    query, key, value = map(rows_contiguous, (query, key, value))
     out = query.new_empty((batch, num_queries, heads, value_dim)).transpose(1, 2)
     lse = query.new_empty((batch, heads, num_queries) if with_lse else (0,), dtype=torch.float32)
     if query.numel() == 0:
         return out, lse
-    block_d, block_v = _block(head_dim), _block(value_dim)
+    block_d, block_v = block_width(head_dim), block_width(value_dim)
     cut = tiling(block_d, block_v, query.element_size()) if cut is None else cut
     _forward_kernel[triton.cdiv(num_queries, cut.rows), batch * heads](
         query, key, value, key_map, value_map, out, lse, scale * LOG2E,
         num_queries, key.shape[2], heads, key.shape[1], value.shape[1],
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *map(_batch_stride, (key_map, value_map)),
         HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=block_d, BLOCK_V=block_v, BLOCK_M=cut.rows, BLOCK_N=cut.keys,
-        IS_CAUSAL=is_causal, WITH_LSE=with_lse, PRECISION=_precision(query.dtype),
+        IS_CAUSAL=is_causal, WITH_LSE=with_lse, PRECISION=precision(query),
         num_warps=cut.num_warps, num_stages=cut.num_stages,
     )  # fmt: skip
     return out, lse
 
 
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with its last axis contiguous."""
-    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
-
-
 def _batch_stride(head_map: torch.Tensor) -> int:
     return 0 if head_map.dim() == 1 else head_map.stride(0)
-
-
-@functools.cache
-def _block(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
-
-
-def _precision(dtype: torch.dtype) -> str:
-    return "ieee" if dtype == torch.float32 else "tf32"

@@ -11,15 +11,17 @@ import torch
 import triton
 import triton.language as tl
 
-from undivided.ops.differential.triton import (
+from undivided.ops._flash import (
     LOG2E,
     Tiling,
-    _block,
-    _load_tile,
-    _precision,
-    _rows,
+    add_key_gradients,
+    block_width,
     first_fitting,
+    load_tile,
+    precision,
+    rows_contiguous,
     shared_memory,
+    store_tile,
 )
 
 
@@ -43,8 +45,8 @@ def _query_kernel(
     dout += batch * dout_stride_b + head * dout_stride_h
     key += batch * key_stride_b + (head // key_group) * key_stride_h
     value += batch * value_stride_b + (head // value_group) * value_stride_h
-    q = _load_tile(query, first_row, query_stride_n, num_queries, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-    gradient = _load_tile(dout, first_row, dout_stride_n, num_queries, VALUE_DIM, BLOCK_M, BLOCK_V, True)
+    q = load_tile(query, first_row, query_stride_n, num_queries, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    gradient = load_tile(dout, first_row, dout_stride_n, num_queries, VALUE_DIM, BLOCK_M, BLOCK_V, True)
     row = (batch * heads + head) * num_queries + rows
     log_sum = tl.load(lse + row, mask=row_inside, other=float("inf"))
     row_delta = tl.load(delta + row, mask=row_inside, other=0.0)
@@ -58,11 +60,11 @@ def _query_kernel(
         last = tl.minimum(tl.maximum(first_row + BLOCK_M + num_keys - num_queries, 0), num_keys)
     common = common // BLOCK_N * BLOCK_N
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    dq = _add_keys(
+    dq = add_key_gradients(
         dq, q, gradient, log_sum, row_delta, key, value, 0, common, limit, num_keys, scale_log2, key_stride_m,
         value_stride_m, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, False, PRECISION,
     )  # fmt: skip
-    dq = _add_keys(
+    dq = add_key_gradients(
         dq, q, gradient, log_sum, row_delta, key, value, common, last, limit, num_keys, scale_log2, key_stride_m,
         value_stride_m, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, True, PRECISION,
     )  # fmt: skip
@@ -72,26 +74,6 @@ def _query_kernel(
         (dq * scale).to(dquery.dtype.element_ty),
         mask=row_inside[:, None] & (column < HEAD_DIM)[None, :],
     )
-
-
-@triton.jit
-def _add_keys(
-    dq, q, gradient, log_sum, delta, key, value, first, last, limit, num_keys, scale_log2, key_stride, value_stride,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    for start in tl.range(first, last, BLOCK_N):
-        k = _load_tile(key, start, key_stride, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED)
-        v = _load_tile(value, start, value_stride, num_keys, VALUE_DIM, BLOCK_N, BLOCK_V, MASKED)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        weights = tl.exp2(scores * scale_log2 - log_sum[:, None])
-        if MASKED:
-            column = start + tl.arange(0, BLOCK_N)
-            weights = tl.where(column[None, :] < limit[:, None], weights, 0.0)
-        dweights = tl.dot(gradient, tl.trans(v), input_precision=PRECISION)
-        dscores = weights * (dweights - delta[:, None])
-        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
-    return dq
 
 
 # One program: BLOCK_N keys of one value head against all queries that see them, of all its signal heads and then of all
@@ -115,7 +97,7 @@ def _key_kernel(
     # The first keys are seen by the most queries, so they go first.
     first_key = tl.program_id(1) * BLOCK_N
     value += batch * value_stride_b + value_head * value_stride_h
-    v = _load_tile(value, first_key, value_stride_m, num_keys, VALUE_DIM, BLOCK_N, BLOCK_V, True)
+    v = load_tile(value, first_key, value_stride_m, num_keys, VALUE_DIM, BLOCK_N, BLOCK_V, True)
     dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
 
     query += batch * query_stride_b
@@ -125,7 +107,7 @@ def _key_kernel(
     heads_per_key = heads // key_heads
     for i in range(keys_per_value):
         key_head = value_head * keys_per_value + i
-        k = _load_tile(
+        k = load_tile(
             key + key_head * key_stride_h, first_key, key_stride_m, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D, True
         )
         dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -137,14 +119,14 @@ def _key_kernel(
                 first_key, num_queries, num_keys, scale_log2, query_stride_n, dout_stride_n,
                 HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, IS_CAUSAL, PRECISION,
             )  # fmt: skip
-        _store_tile(
+        store_tile(
             dkey, dk * scale, batch * key_heads + key_head, first_key, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D
         )
 
     noise_query += batch * noise_query_stride_b
     noise_dout += batch * noise_dout_stride_b
     noise_key += batch * noise_key_stride_b + value_head * noise_key_stride_h
-    k = _load_tile(noise_key, first_key, noise_key_stride_m, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D, True)
+    k = load_tile(noise_key, first_key, noise_key_stride_m, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D, True)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for j in range(noise_heads // value_heads):
         head = value_head * (noise_heads // value_heads) + j
@@ -156,8 +138,8 @@ def _key_kernel(
             HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, IS_CAUSAL, PRECISION,
         )  # fmt: skip
     head = batch * value_heads + value_head
-    _store_tile(dnoise_key, dk * scale, head, first_key, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D)
-    _store_tile(dvalue, dv, head, first_key, num_keys, VALUE_DIM, BLOCK_N, BLOCK_V)
+    store_tile(dnoise_key, dk * scale, head, first_key, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D)
+    store_tile(dvalue, dv, head, first_key, num_keys, VALUE_DIM, BLOCK_N, BLOCK_V)
 
 
 @triton.jit
@@ -174,8 +156,8 @@ def _add_queries(
     for start in tl.range(first, num_queries, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         inside = rows < num_queries
-        q = _load_tile(query, start, query_stride, num_queries, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-        gradient = _load_tile(dout, start, dout_stride, num_queries, VALUE_DIM, BLOCK_M, BLOCK_V, True)
+        q = load_tile(query, start, query_stride, num_queries, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+        gradient = load_tile(dout, start, dout_stride, num_queries, VALUE_DIM, BLOCK_M, BLOCK_V, True)
         # Rows that do not exist get +inf, and so weights of zero.
         log_sum = tl.load(lse + rows, mask=inside, other=float("inf"))
         row_delta = tl.load(delta + rows, mask=inside, other=0.0)
@@ -187,19 +169,6 @@ def _add_queries(
         dscores = weights * (dweights - row_delta[None, :])
         dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
-
-
-@triton.jit
-def _store_tile(
-    base, tile, head, first, count, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
-    """Stores rows of one head of a contiguous `[..., count, WIDTH]`."""
-    row = first + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
-    offset = (head * count + row)[:, None] * WIDTH + column[None, :]
-    tl.store(
-        base + offset, tile.to(base.dtype.element_ty), mask=(row < count)[:, None] & (column < WIDTH)[None, :]
-    )
 
 
 # Measured on an H100 at head_dim 128 (the first), then smaller ones, as in the forward. `rows` are queries. For the
@@ -235,7 +204,9 @@ def backward(
     batch, heads, num_queries, head_dim = query.shape
     key_heads, num_keys, value_dim = key.shape[1], key.shape[2], value.shape[3]
     noise_heads, value_heads = noise_query.shape[1], value.shape[1]
-    query, noise_query, key, noise_key, value = map(_rows, (query, noise_query, key, noise_key, value))
+    query, noise_query, key, noise_key, value = map(
+        rows_contiguous, (query, noise_query, key, noise_key, value)
+    )
     inputs = (query, noise_query, key, noise_key, value)
     if query.numel() == 0:
         return tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
@@ -244,12 +215,12 @@ def backward(
     constants = {
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
-        "BLOCK_D": _block(head_dim),
-        "BLOCK_V": _block(value_dim),
+        "BLOCK_D": block_width(head_dim),
+        "BLOCK_V": block_width(value_dim),
         "IS_CAUSAL": is_causal,
-        "PRECISION": _precision(query),
+        "PRECISION": precision(query),
     }
-    sizes = _block(head_dim), _block(value_dim), query.element_size(), shared_memory(query.device)
+    sizes = block_width(head_dim), block_width(value_dim), query.element_size(), shared_memory(query.device)
     tiling = query_tiling(*sizes)
     for q, k, dout, sums, row_sums, dq in (
         (query, key, dsignal, lse, delta, dquery),

@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from undivided.ops.differential.triton import LOG2E, RUNTIME, _block, _load_tile, _precision, _rows
+from undivided.ops._flash import LOG2E, block_width, load_tile, precision, rows_contiguous
+from undivided.ops.differential.triton import RUNTIME
 from undivided.ops.latent_decode._splits import choose_splits, multiprocessors
 
 
@@ -75,14 +76,14 @@ def _attend_kernel(
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     accumulator = tl.zeros([BLOCK_ROWS, BLOCK_V], tl.float32)
     for start in tl.range(first, last, BLOCK_N):
-        k = _load_tile(noise_key, start, noise_key_stride_m, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D, True)
+        k = load_tile(noise_key, start, noise_key_stride_m, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D, True)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         for i in tl.static_range(KEYS):
-            k = _load_tile(
+            k = load_tile(
                 key + i * key_stride_h, start, key_stride_m, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D, True
             )
             scores = tl.where((kind == i)[:, None], tl.dot(q, tl.trans(k), input_precision=PRECISION), scores)
-        v = _load_tile(value, start, value_stride_m, num_keys, VALUE_DIM, BLOCK_N, BLOCK_V, True)
+        v = load_tile(value, start, value_stride_m, num_keys, VALUE_DIM, BLOCK_N, BLOCK_V, True)
         seen = (start + tl.arange(0, BLOCK_N))[None, :] < limit[:, None]
         scores = tl.where(seen, scores * scale, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -177,7 +178,9 @@ def attend(
     num_splits=None,
 ):  # fmt: skip
     """Returns the output; `num_splits` is into how many parts the keys are cut, chosen from the shapes by default."""
-    query, noise_query, key, noise_key, value = map(_rows, (query, noise_query, key, noise_key, value))
+    query, noise_query, key, noise_key, value = map(
+        rows_contiguous, (query, noise_query, key, noise_key, value)
+    )
     batch, heads, num_queries, head_dim = query.shape
     noise_heads, value_heads, value_dim = noise_query.shape[1], value.shape[1], value.shape[3]
     num_keys = key.shape[2]
@@ -195,15 +198,15 @@ def attend(
         query, noise_query, key, noise_key, value, partial, partial_lse,
         scale * LOG2E, num_queries, num_keys, heads, noise_heads, value_heads, num_splits, num_rows,
         *query.stride()[:3], *noise_query.stride()[:3], *key.stride()[:3], *noise_key.stride()[:3], *value.stride()[:3],
-        KEYS=key.shape[1] // value_heads, HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=_block(head_dim),
-        BLOCK_V=_block(value_dim), BLOCK_ROWS=_block(rows), BLOCK_N=block_keys,
-        IS_CAUSAL=is_causal and num_queries > 1, PRECISION=_precision(query),
+        KEYS=key.shape[1] // value_heads, HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=block_width(head_dim),
+        BLOCK_V=block_width(value_dim), BLOCK_ROWS=block_width(rows), BLOCK_N=block_keys,
+        IS_CAUSAL=is_causal and num_queries > 1, PRECISION=precision(query),
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     _mix_kernel[num_queries, batch * heads](
         partial, partial_lse, lam, norm_weight, out,
         norm_eps, out_scale, num_queries, heads, noise_heads, heads // noise_heads, num_splits, num_rows,
-        *lam.stride(), VALUE_DIM=value_dim, BLOCK_V=_block(value_dim),
+        *lam.stride(), VALUE_DIM=value_dim, BLOCK_V=block_width(value_dim),
         BLOCK_S=min(32, triton.next_power_of_2(num_splits)),
         HAS_NORM=norm_weight is not None, num_warps=4,
     )  # fmt: skip

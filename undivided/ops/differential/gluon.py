@@ -20,7 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from undivided.ops.differential.triton import LOG2E, RUNTIME, empty_outputs
+from undivided.ops._flash import LOG2E
+from undivided.ops.differential.triton import RUNTIME, empty_outputs
 
 # Queries of a warpgroup.
 _ROWS: gl.constexpr = gl.constexpr(64)

@@ -8,15 +8,21 @@ Decoding, where loading the cache is all, does keep the group together: `decode.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
-LOG2E = 1.4426950408889634
+from undivided.ops._flash import (
+    LOG2E,
+    add_keys,
+    block_width,
+    forward_tiling,
+    load_tile,
+    precision,
+    rows_contiguous,
+    shared_memory,
+)
+
 # Sizes that change from call to call and speed nothing up: a kernel is not compiled anew for each.
 RUNTIME = ("num_queries", "num_keys", "heads", "noise_heads", "lam_stride_b", "lam_stride_h", "lam_stride_n")
 
@@ -46,7 +52,7 @@ def _forward_kernel(
     column_inside = columns < VALUE_DIM
 
     query += batch * query_stride_b + head * query_stride_h
-    q = _load_tile(query, first_row, query_stride_n, num_queries, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    q = load_tile(query, first_row, query_stride_n, num_queries, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     key += batch * key_stride_b + (head // key_group) * key_stride_h
     value += batch * value_stride_b + (head // value_group) * value_stride_h
 
@@ -64,11 +70,11 @@ def _forward_kernel(
     top = tl.full([BLOCK_M], -1.0e30, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     accumulator = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    accumulator, top, total = _add_keys(
+    accumulator, top, total = add_keys(
         accumulator, top, total, q, key, value, 0, common, limit, num_keys, scale, key_stride_m, value_stride_m,
         HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, False, PRECISION,
     )  # fmt: skip
-    accumulator, top, total = _add_keys(
+    accumulator, top, total = add_keys(
         accumulator, top, total, q, key, value, common, last, limit, num_keys, scale, key_stride_m, value_stride_m,
         HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, True, PRECISION,
     )  # fmt: skip
@@ -100,50 +106,6 @@ def _forward_kernel(
             accumulator = accumulator * (1.0 / tl.sqrt(square + norm_eps))[:, None] * weight[None, :]
         accumulator *= out_scale
         tl.store(out + out_offset, accumulator.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _load_tile(
-    base, first, stride, count, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr
-):  # fmt: skip
-    """Rows `first .. first + ROWS - 1`; rows from `count` on and columns from WIDTH on are zero."""
-    row = tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
-    # int64: a token's stride times a million tokens passes 2**31. Within a tile it does not.
-    base += tl.cast(first, tl.int64) * stride
-    offset = row[:, None] * stride + column[None, :]
-    if MASKED:
-        tile = tl.load(
-            base + offset, mask=(first + row < count)[:, None] & (column < WIDTH)[None, :], other=0.0
-        )
-    elif WIDTH < COLUMNS:
-        tile = tl.load(base + offset, mask=(column < WIDTH)[None, :], other=0.0)
-    else:
-        tile = tl.load(base + offset)
-    return tile
-
-
-@triton.jit
-def _add_keys(
-    accumulator, top, total, q, key, value, first, last, limit, num_keys, scale, key_stride, value_stride,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Adds keys `first .. last - 1` to the running softmax of a block of queries."""
-    for start in tl.range(first, last, BLOCK_N):
-        k = _load_tile(key, start, key_stride, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        if MASKED:
-            column = start + tl.arange(0, BLOCK_N)
-            scores = tl.where(column[None, :] < limit[:, None], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-        weights = tl.exp2(scores * scale - new_top[:, None])
-        decay = tl.exp2(top - new_top)
-        total = total * decay + tl.sum(weights, 1)
-        top = new_top
-        v = _load_tile(value, start, value_stride, num_keys, VALUE_DIM, BLOCK_N, BLOCK_V, MASKED)
-        accumulator = tl.dot(weights.to(v.dtype), v, accumulator * decay[:, None], input_precision=PRECISION)
-    return accumulator, top, total
 
 
 # One program: BLOCK_R queries of one group. It goes back through norm and mix: from the gradient of the output to that
@@ -213,65 +175,20 @@ def _mix_backward_kernel(
         tl.store(dweight + program * VALUE_DIM + columns, weight_gradient, mask=columns < VALUE_DIM)
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """How a kernel is cut: rows and keys of a program's tile, its warps, and the blocks in flight."""
-
-    rows: int
-    keys: int
-    num_warps: int
-    num_stages: int
-
-
-# Measured on an H100 at head_dim 128 (the first), then smaller ones for wider heads and devices with less memory.
-_FORWARD = (Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(64, 32, 4, 2), Tiling(32, 32, 4, 1))
-# Without tensor cores a product is written out, and a large one takes minutes to compile.
-_FORWARD_FLOAT32 = (Tiling(32, 32, 8, 1), Tiling(16, 16, 4, 1))
-
-
-def forward_tiling(head_dim: int, value_dim: int, element_size: int, shared_memory: int) -> Tiling:
-    """Returns the tiling of the forward kernel: the first whose queries, and keys and values in flight, fit.
-
-    Args:
-        head_dim: width of a query.
-        value_dim: width of a value.
-        element_size: bytes of an element.
-        shared_memory: bytes a program may use.
-    """
-    candidates = _FORWARD if element_size == 2 else _FORWARD_FLOAT32
-    return first_fitting(
-        candidates,
-        lambda t: t.rows * head_dim + t.num_stages * t.keys * (head_dim + value_dim),
-        shared_memory // element_size,
-    )
-
-
-def first_fitting(candidates: tuple[Tiling, ...], elements: Callable[[Tiling], int], limit: int) -> Tiling:
-    """Returns the first tiling that keeps at most `limit` elements in shared memory, or the last, the smallest."""
-    return next((t for t in candidates if elements(t) <= limit), candidates[-1])
-
-
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Returns how many bytes of shared memory a program may use on a device."""
-    if device.type != "cuda":
-        return 227 * 1024
-    # What a kernel keeps beside its tiles.
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin - 1024
-
-
 def forward(
     query, noise_query, key, noise_key, value, lam, norm_weight, norm_eps, out_scale, is_causal, scale, with_mixed,
 ):  # fmt: skip
     """Returns out, mixed, the noise heads' output, and the base-2 log-sums of both maps."""
     batch, heads, num_queries, head_dim = query.shape
     noise_heads, value_dim = noise_query.shape[1], value.shape[3]
-    query, noise_query, key, noise_key, value = map(_rows, (query, noise_query, key, noise_key, value))
+    query, noise_query, key, noise_key, value = map(
+        rows_contiguous, (query, noise_query, key, noise_key, value)
+    )
     out, mixed, noise_out, lse, noise_lse = empty_outputs(query, noise_query, value, with_mixed)
     if query.numel() == 0:
         return out, mixed, noise_out, lse, noise_lse
     tiling = forward_tiling(
-        _block(head_dim), _block(value_dim), query.element_size(), shared_memory(query.device)
+        block_width(head_dim), block_width(value_dim), query.element_size(), shared_memory(query.device)
     )
     for q, k, sums, is_noise in ((noise_query, noise_key, noise_lse, True), (query, key, lse, False)):
         _forward_kernel[batch * q.shape[1], triton.cdiv(num_queries, tiling.rows)](
@@ -279,9 +196,9 @@ def forward(
             scale * LOG2E, norm_eps, out_scale, num_queries, key.shape[2], q.shape[1],
             q.shape[1] // k.shape[1], q.shape[1] // value.shape[1], heads // noise_heads,
             *q.stride()[:3], *k.stride()[:3], *value.stride()[:3], *lam.stride(),
-            HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=_block(head_dim), BLOCK_V=_block(value_dim),
+            HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=block_width(head_dim), BLOCK_V=block_width(value_dim),
             BLOCK_M=tiling.rows, BLOCK_N=tiling.keys, IS_CAUSAL=is_causal, IS_NOISE=is_noise,
-            HAS_NORM=norm_weight is not None, WITH_MIXED=with_mixed, PRECISION=_precision(query),
+            HAS_NORM=norm_weight is not None, WITH_MIXED=with_mixed, PRECISION=precision(query),
             num_warps=tiling.num_warps, num_stages=tiling.num_stages,
         )  # fmt: skip
     return out, mixed, noise_out, lse, noise_lse
@@ -310,7 +227,7 @@ def mix_backward(dout, mixed, noise_out, lam, norm_weight, norm_eps, out_scale):
     """Returns the gradients of both maps' outputs, their row sums, and those of lam and of the norm's weight."""
     batch, heads, num_queries, value_dim = dout.shape
     noise_heads = noise_out.shape[1]
-    dout = _rows(dout)
+    dout = rows_contiguous(dout)
     dsignal = torch.empty_like(mixed)
     dnoise = mixed.new_empty(noise_out.shape)
     delta, dlam = (noise_out.new_empty((batch, heads, num_queries)) for _ in range(2))
@@ -321,22 +238,9 @@ def mix_backward(dout, mixed, noise_out, lam, norm_weight, norm_eps, out_scale):
     _mix_backward_kernel[grid](
         dout, mixed, noise_out, lam, norm_weight, dsignal, dnoise, delta, noise_delta, dlam, dweight,
         norm_eps, out_scale, num_queries, heads, noise_heads, *dout.stride()[:3], *lam.stride(),
-        GROUP=heads // noise_heads, VALUE_DIM=value_dim, BLOCK_V=_block(value_dim), BLOCK_R=block_rows,
+        GROUP=heads // noise_heads, VALUE_DIM=value_dim, BLOCK_V=block_width(value_dim), BLOCK_R=block_rows,
         HAS_NORM=norm_weight is not None, num_warps=4,
     )  # fmt: skip
     if dweight is not None:
         dweight = dweight.sum(0).to(norm_weight.dtype)
     return dsignal, dnoise, delta, noise_delta, dlam, dweight
-
-
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with its last axis contiguous."""
-    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
-
-
-def _block(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
-
-
-def _precision(tensor: torch.Tensor) -> str:
-    return "ieee" if tensor.dtype == torch.float32 else "tf32"

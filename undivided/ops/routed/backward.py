@@ -11,22 +11,19 @@ import torch
 import triton
 import triton.language as tl
 
-from undivided.ops.routed.triton import (
+from undivided.ops._flash import (
     LOG2E,
-    RANK_STEP,
-    RUNTIME,
     Tiling,
+    add_key_gradients,
     block_width,
     first_fitting,
-    gate_strides,
-    gather,
-    list_tile,
     load_tile,
     precision,
     rows_contiguous,
     shared_memory,
-    visible,
+    store_tile,
 )
+from undivided.ops.routed.triton import RANK_STEP, RUNTIME, gate_strides, gather, list_tile, visible
 
 
 # One program: BLOCK_M queries of one list against all keys they see. In registers: the float32 gradient of the queries
@@ -82,35 +79,15 @@ def _query_kernel(
         index + list_base, position, first_row, chosen, num_queries, num_keys, BLOCK_M, BLOCK_N, IS_CAUSAL
     )
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    dq = _add_keys(
+    dq = add_key_gradients(
         dq, q, gradient, log_sum, product, key, value, 0, common, limit, num_keys, scale_log2, key_stride_m,
         value_stride_m, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, False, PRECISION,
     )  # fmt: skip
-    dq = _add_keys(
+    dq = add_key_gradients(
         dq, q, gradient, log_sum, product, key, value, common, last, limit, num_keys, scale_log2, key_stride_m,
         value_stride_m, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, True, PRECISION,
     )  # fmt: skip
     tl.store(dquery + dquery_offset, (dq * factor[:, None]).to(dquery.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _add_keys(
-    dq, q, gradient, log_sum, product, key, value, first, last, limit, num_keys, scale_log2, key_stride, value_stride,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    for start in tl.range(first, last, BLOCK_N):
-        k = load_tile(key, start, key_stride, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED)
-        v = load_tile(value, start, value_stride, num_keys, VALUE_DIM, BLOCK_N, BLOCK_V, MASKED)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        weights = tl.exp2(scores * scale_log2 - log_sum[:, None])
-        if MASKED:
-            column = start + tl.arange(0, BLOCK_N)
-            weights = tl.where(column[None, :] < limit[:, None], weights, 0.0)
-        dweights = tl.dot(gradient, tl.trans(v), input_precision=PRECISION)
-        dscores = weights * (dweights - product[:, None])
-        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
-    return dq
 
 
 # One program: BLOCK_N keys of one key head against the queries that see them, from the lists of all heads of its group.
@@ -170,8 +147,8 @@ def _key_kernel(
             HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, False, HAS_GATES, PRECISION,
         )  # fmt: skip
     out_row = batch * key_heads + key_head
-    _store_tile(dkey, dk * scale, out_row, first_key, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D)
-    _store_tile(dvalue, dv, out_row, first_key, num_keys, VALUE_DIM, BLOCK_N, BLOCK_V)
+    store_tile(dkey, dk * scale, out_row, first_key, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D)
+    store_tile(dvalue, dv, out_row, first_key, num_keys, VALUE_DIM, BLOCK_N, BLOCK_V)
 
 
 @triton.jit
@@ -204,19 +181,6 @@ def _add_queries(
         dscores = weights * (dweights - product[None, :])
         dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
-
-
-@triton.jit
-def _store_tile(
-    base, tile, head, first, count, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
-    """Stores rows of one head of a contiguous `[..., count, WIDTH]`."""
-    row = first + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
-    offset = (head * count + row)[:, None] * WIDTH + column[None, :]
-    tl.store(
-        base + offset, tile.to(base.dtype.element_ty), mask=(row < count)[:, None] & (column < WIDTH)[None, :]
-    )
 
 
 # Measured on an H100 (the first), then smaller ones for wider heads and devices with less memory. `rows` are queries.

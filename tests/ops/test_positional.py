@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from undivided.ops import gated_positional_attention
+from undivided.ops.positional import axis_weights
+from undivided.testing import compare_op, poison_surroundings
+
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+SIZES = [(5, 5), (7, 7), (14, 14), (3, 6), (1, 4), (4, 1), (1, 1)]
+every_size = pytest.mark.parametrize("size", SIZES, ids=str)
+
+
+def inputs(size, batch=2, heads=3, dim=8, value_dim=8):
+    draw = lambda *shape: torch.randn(*shape, dtype=torch.float64)  # noqa: E731
+    tokens = size[0] * size[1]
+    return {
+        "query": draw(batch, heads, tokens, dim),
+        "key": draw(batch, heads, tokens, dim),
+        "value": draw(batch, heads, tokens, value_dim),
+        "position_weight": 0.3 * draw(heads, 3),
+        "gate": torch.rand(heads, dtype=torch.float64),
+    }
+
+
+def call(size, backend):
+    return lambda **x: gated_positional_attention(size=size, backend=backend, **x)
+
+
+def in_the_dtype_given(size):
+    """Plain eager, over all pairs, without the wider type in between."""
+
+    def attend(query, key, value, position_weight, gate):
+        y, x = (part.to(query.dtype) for part in torch.meshgrid(*map(torch.arange, size), indexing="ij"))
+        dy, dx = (place.flatten()[None] - place.flatten()[:, None] for place in (y, x))
+        r = torch.stack((dx, dy, dx**2 + dy**2), -1)
+        by_position = (r @ position_weight.T).permute(2, 0, 1).softmax(-1)
+        by_content = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
+        gate = gate[:, None, None]
+        return ((1 - gate) * by_content + gate * by_position) @ value
+
+    return attend
+
+
+def test_the_reference_is_the_formula_token_by_token():
+    size, x = (2, 3), inputs((2, 3), value_dim=5)
+    want = torch.zeros(2, 3, 6, 5, dtype=torch.float64)
+    places = [(i, j) for i in range(2) for j in range(3)]
+    for head in range(3):
+        w, g = x["position_weight"][head], x["gate"][head]
+        for i, (y, col) in enumerate(places):
+            r = torch.tensor([[v - col, u - y, (v - col) ** 2 + (u - y) ** 2] for u, v in places]).double()
+            by_position = (r @ w).softmax(0)
+            for image in range(2):
+                by_content = (x["key"][image, head] @ x["query"][image, head, i] / 8**0.5).softmax(0)
+                row = (1 - g) * by_content + g * by_position
+                want[image, head, i] = row @ x["value"][image, head]
+    torch.testing.assert_close(call(size, "reference")(**x), want, **EXACT)
+
+
+@every_size
+def test_rows_times_columns_equal_the_direct_form(size):
+    x = inputs(size, value_dim=5)
+    torch.testing.assert_close(call(size, "sdpa")(**x), call(size, "reference")(**x), **EXACT)
+
+
+@every_size
+def test_weights_by_position_are_a_product_of_rows_and_columns(size):
+    """Values that tell tokens apart, and positions alone: the output is the matrix of weights."""
+    tokens = size[0] * size[1]
+    x = inputs(size, batch=1) | {"gate": torch.ones(3, dtype=torch.float64)}
+    x["value"] = torch.eye(tokens, dtype=torch.float64).expand(1, 3, -1, -1)
+    rows, columns = axis_weights(x["position_weight"], size)
+    product = torch.stack([torch.kron(a, b) for a, b in zip(rows, columns, strict=True)])
+    torch.testing.assert_close(call(size, "reference")(**x)[0], product, **EXACT)
+    torch.testing.assert_close(product.sum(-1), torch.ones(3, tokens, dtype=torch.float64), **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [(5, 5), (3, 6)], ids=str)
+def test_outputs_and_gradients_are_as_accurate_as_the_direct_form(size, dtype):
+    compare_op(call(size, "sdpa"), in_the_dtype_given(size), call(size, "reference"), inputs(size, value_dim=6), dtype)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_gradients_are_those_of_finite_differences(backend):
+    x = {name: tensor.requires_grad_() for name, tensor in inputs((4, 4), 1, 2, 3, 3).items()}
+    run = call((4, 4), backend)
+    assert torch.autograd.gradcheck(
+        lambda *tensors: run(**dict(zip(x, tensors, strict=True))), tuple(x.values()), fast_mode=True
+    )
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that an operator makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_no_tensor_of_all_pairs_exists_forward_or_backward(backend):
+    size, tokens = (12, 16), 192
+    x = {name: tensor.float().requires_grad_() for name, tensor in inputs(size, 2, 3, 4, 4).items()}
+    with Largest() as largest:
+        call(size, backend)(**x).square().sum().backward()
+    # Queries, keys and values have 2 * 3 * 192 * 4 elements; the weights of one head alone have 192 * 192.
+    assert (largest.elements < tokens**2) == (backend == "sdpa")
+
+
+def test_component_0_belongs_to_columns_and_1_to_rows():
+    """One bright column: a head that looks two to the right sees it two to the left, whatever the row."""
+    size, heads = (4, 6), 1
+    image = torch.zeros(4, 6, dtype=torch.float64)
+    image[:, 3] = 1.0
+    zero = torch.zeros(1, heads, 24, 2, dtype=torch.float64)
+    for backend in ("sdpa", "reference"):
+        out = gated_positional_attention(
+            zero, zero, image.view(1, 1, 24, 1), 50.0 * torch.tensor([[4.0, 0.0, -1.0]]).double(),
+            torch.ones(1).double(), size, backend=backend,
+        ).view(4, 6)  # fmt: skip
+        want = torch.zeros_like(image)
+        want[:, 1] = 1.0
+        torch.testing.assert_close(out, want)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_an_image_does_not_depend_on_its_batch_mates_nor_on_what_surrounds_it(backend):
+    x = inputs((3, 5))
+    together = call((3, 5), backend)(**{name: poison_surroundings(tensor) for name, tensor in x.items()})
+    for index in range(2):
+        one = {name: t[index : index + 1] if t.dim() == 4 else t for name, t in x.items()}
+        torch.testing.assert_close(call((3, 5), backend)(**one)[0], together[index], **EXACT)
+
+
+def test_one_graph_under_torch_compile():
+    x = inputs((3, 5))
+    run = torch.compile(call((3, 5), "auto"), backend="eager", fullgraph=True)
+    torch.testing.assert_close(run(**x), call((3, 5), "auto")(**x), **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        (dict(size=(3, 4)), ValueError, r"size=\(3, 4\) has 12 tokens, but query has 15"),
+        (dict(key=torch.ones(2, 3, 15, 4).double()), ValueError, r"key has shape \[2, 3, 15, 4\], but query \[2, 3, 15, 8"),
+        (dict(value=torch.ones(2, 1, 15, 8).double()), ValueError, r"it must share \[batch, heads, tokens\] = \[2, 3, 15\]"),
+        (dict(position_weight=torch.ones(3, 2)), ValueError, r"position_weight has shape \[3, 2\]; .*\[heads, 3\] = \[3, 3\]"),
+        (dict(gate=torch.ones(2)), ValueError, r"gate has shape \[2\]; it must be \[heads\] = \[3\]"),
+        (dict(gate=torch.ones(3).int()), TypeError, "gate has dtype torch.int32; use a floating-point dtype"),
+        (dict(backend="triton"), ValueError, "backend='triton' is not one of \"auto\", \"sdpa\", \"reference\""),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(change, error, text):
+    with pytest.raises(error, match=text):
+        gated_positional_attention(**{**inputs((3, 5)), "size": (3, 5), **change})
