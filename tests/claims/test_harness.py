@@ -33,7 +33,9 @@ def _row(**changes):
 
 
 def test_a_row_has_exactly_the_fields_of_the_results_files():
-    names = "slug what shape ours unit baseline_name baseline ratio required holds fraction_of_ceiling"
+    names = (
+        "slug what shape ours deviation unit baseline_name baseline ratio required holds fraction_of_ceiling"
+    )
     names += " device versions command date"
     assert [field.name for field in dataclasses.fields(claims.Row)] == names.split()
 
@@ -43,6 +45,15 @@ def test_ratio_above_one_means_ours_is_better(better, ratio):
     row = measured("x", "y", 2.0, "ms", better=better, baseline_name="eager", baseline=3.0)
     assert row.ratio == pytest.approx(ratio)
     assert row.holds is None
+
+
+def test_a_deviation_stands_beside_the_value_and_does_not_make_another_row():
+    rows = [
+        dataclasses.replace(measured("loss", "y", 2.0, "bits", better="lower", deviation=spread), slug="toy")
+        for spread in (0.25, 0.5)
+    ]
+    (row,) = _results.latest(rows)
+    assert _results.cells(row)[2] == "2 ± 0.5 bits"
 
 
 @pytest.mark.parametrize(("required", "holds"), [(1.5, True), (1.49, True), (1.51, False)])
@@ -57,6 +68,7 @@ def test_a_bar_holds_from_the_required_ratio_on(required, holds):
         ({"better": "faster"}, 'better="faster" must be "lower" or "higher".'),
         ({"ours": float("nan")}, 'ours=nan of "x", y, must be a finite number.'),
         ({"ours": 0.0}, 'ours=0.0 of "x", y, must be a finite number above 0.'),
+        ({"deviation": -1.0}, 'deviation=-1.0 of "x", y, must be a finite number of at least 0.'),
         ({"baseline": float("inf")}, 'baseline=inf of "x", y, must be a finite number above 0.'),
         ({"baseline": None}, "baseline=None and baseline_name=e must be given together."),
         (

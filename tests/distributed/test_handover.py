@@ -212,7 +212,8 @@ def test_a_killed_rank_ends_in_an_error_on_every_other(victim, moment, models, t
     for rank, report in enumerate(reports):
         if rank != victim:
             assert report["text"].startswith(f"rank {rank} waited for rank "), report
-            assert report["seconds"] < timeout + 2
+            # Within the timeout; the rest is for machines whose cores are busy with other things.
+            assert report["seconds"] < timeout + 5
     for rank, text in WAITS[victim, moment].items():
         assert text in reports[rank]["text"]
 

@@ -30,6 +30,7 @@ class Row:
             identifies the row.
         shape: Sizes and dtype in words, such as `"batch 32, 32768 keys, bf16"`.
         ours: Our value, in `unit`.
+        deviation: Its standard deviation over seeds, in `unit`; None for a single measurement.
         unit: Unit of `ours` and `baseline`, such as `"ms"`.
         baseline_name: The rival, such as `"FlashMLA"`.
         baseline: The rival's value from the same run, in `unit`.
@@ -47,6 +48,7 @@ class Row:
     what: str
     shape: str
     ours: float
+    deviation: float | None
     unit: str
     baseline_name: str | None
     baseline: float | None
@@ -118,6 +120,7 @@ def measured(
     baseline: float | None = None,
     required: float | None = None,
     fraction_of_ceiling: float | None = None,
+    deviation: float | None = None,
 ) -> Row:
     """Builds a row from what was measured.
 
@@ -133,6 +136,7 @@ def measured(
         baseline: The rival's value from the same run.
         required: The smallest ratio for which the claim holds.
         fraction_of_ceiling: As `Ceilings.fraction` of `undivided.claims._timing` gives it.
+        deviation: Standard deviation of `ours` over seeds.
 
     Raises:
         ValueError: If a number is not finite, or not above 0 where a ratio needs it; if a bar has no
@@ -147,6 +151,8 @@ def measured(
     where = f'of "{what}", {shape},'
     if not math.isfinite(ours):
         raise ValueError(f"ours={ours} {where} must be a finite number.")
+    if deviation is not None and not (math.isfinite(deviation) and deviation >= 0):
+        raise ValueError(f"deviation={deviation} {where} must be a finite number of at least 0.")
     positive = {"baseline": baseline, "required": required, "fraction_of_ceiling": fraction_of_ceiling}
     if baseline is not None:
         positive["ours"] = ours
@@ -161,6 +167,7 @@ def measured(
         what=what,
         shape=shape,
         ours=ours,
+        deviation=deviation,
         unit=unit,
         baseline_name=baseline_name,
         baseline=baseline,

@@ -114,11 +114,12 @@ def _table(rows: list[Row]) -> str:
 
 def cells(row: Row) -> tuple[str, ...]:
     """A row in words: quantity, shape, ours, baseline, ratio, bar, holds, fraction of the ceiling."""
+    spread = "" if row.deviation is None else f" ± {number(row.deviation)}"
     baseline = "" if row.baseline is None else f"{number(row.baseline)} {row.unit}, {row.baseline_name}"
     return (
         row.what,
         row.shape,
-        f"{number(row.ours)} {row.unit}",
+        f"{number(row.ours)}{spread} {row.unit}",
         baseline,
         "" if row.ratio is None else f"{row.ratio:.2f}",
         "" if row.required is None else f"{row.required:.2f}",

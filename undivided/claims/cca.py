@@ -436,16 +436,15 @@ def _quality(device: str, quick: bool) -> Iterator[Row]:
         rivals = {"CCGQA": ("MHA", _GQA, _NO_CONVOLUTION), "CCA": (_GQA,)}.get(name, ())
         rivals = tuple(rival for rival in rivals if rival in runs)
         mean, deviation = mean_and_deviation([run.bits_per_byte for run in own])
-        what = f"bits a byte of a tiny model, {name}, standard deviation {deviation:.3f}"
+        what, words = f"bits a byte of a tiny model, {name}", _quality_words(sizes, training, own)
         if not rivals:
-            yield measured(what, _quality_words(sizes, training, own), mean, "bits/byte", better="lower")
+            yield measured(what, words, mean, "bits/byte", better="lower", deviation=deviation)
         for rival in rivals:
-            baseline, spread = mean_and_deviation([run.bits_per_byte for run in runs[rival]])
+            baseline, _ = mean_and_deviation([run.bits_per_byte for run in runs[rival]])
             has_bar = on_cuda and not quick and name == "CCGQA" and rival != "MHA"
             yield measured(
-                f"{what}, against {rival}", _quality_words(sizes, training, own), mean, "bits/byte", better="lower",
-                baseline_name=f"{rival}, standard deviation {spread:.3f}", baseline=baseline,
-                required=1.0 if has_bar else None,
+                f"{what}, against {rival}", words, mean, "bits/byte", better="lower", deviation=deviation,
+                baseline_name=rival, baseline=baseline, required=1.0 if has_bar else None,
             )  # fmt: skip
 
 

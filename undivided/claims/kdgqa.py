@@ -238,11 +238,12 @@ def _quality(study: Study) -> Iterator[Row]:
     trained = train_sources(study)
     mean, deviation = mean_and_deviation(trained.accuracies)
     yield measured(
-        f"test accuracy of multi-head attention, standard deviation {deviation:.2f}",
+        "test accuracy of multi-head attention",
         base,
         mean,
         "%",
         better="higher",
+        deviation=deviation,
     )
     for groups in study.groups:
         pooled = f"{base}, pooled to {groups} key heads"
@@ -263,12 +264,11 @@ def _quality(study: Study) -> Iterator[Row]:
 
 
 def _accuracy(name: str, shape: str, reached: list[float], uniform: list[float]) -> Row:
-    (mean, deviation), baseline = mean_and_deviation(reached), mean_and_deviation(uniform)
+    (mean, deviation), (baseline, _) = mean_and_deviation(reached), mean_and_deviation(uniform)
     compared = reached is not uniform
     return measured(
-        f"test accuracy of {name}, standard deviation {deviation:.2f}", shape, mean, "%", better="higher",
-        baseline_name=f"GQA, standard deviation {baseline[1]:.2f}" if compared else None,
-        baseline=baseline[0] if compared else None,
+        f"test accuracy of {name}", shape, mean, "%", better="higher", deviation=deviation,
+        baseline_name="GQA" if compared else None, baseline=baseline if compared else None,
     )  # fmt: skip
 
 

@@ -254,7 +254,7 @@ def _quality(device: str, quick: bool) -> Iterator[Row]:
         f"{_SIZES['num_hidden_layers']} layers, width {_SIZES['hidden_size']}, {steps} steps of {_BATCH * _LENGTH} "
         f"bytes, {len(_SEEDS)} seeds"
     )
-    baseline: tuple[float, float] | None = None
+    baseline: float | None = None
     for arm, options in _ARMS.items():
         runs = train_tiny_lm(
             None if options is None else {"mechanism": "moh", "backend": "mask", **options}, text, heldout,
@@ -262,16 +262,15 @@ def _quality(device: str, quick: bool) -> Iterator[Row]:
             **_SIZES,
         )  # fmt: skip
         mean, deviation = mean_and_deviation([run.bits_per_byte for run in runs])
-        named = None if baseline is None else f"{_PLAIN}, standard deviation {baseline[1]:.3f}"
         # The claim is about 75 % with shared heads and two-stage weights; the other arms have no bar.
         bar = 1 / _ALLOWED if options == {"shared_heads": 2, "top_k": 4} else None
         yield measured(
-            f"bits a byte of a small model, {arm}, standard deviation {deviation:.3f}",
-            f"{shape}, {runs[0].parameters} parameters", mean, "bits/byte", better="lower", baseline_name=named,
-            baseline=None if baseline is None else baseline[0], required=bar,
+            f"bits a byte of a small model, {arm}", f"{shape}, {runs[0].parameters} parameters", mean, "bits/byte",
+            better="lower", deviation=deviation, baseline_name=None if baseline is None else _PLAIN,
+            baseline=baseline, required=bar,
         )  # fmt: skip
         if options is None:
-            baseline = mean, deviation
+            baseline = mean
         else:
             yield _load_row(arm, shape, runs, heldout, bar is not None)
 

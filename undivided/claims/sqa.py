@@ -401,7 +401,8 @@ def _quality(device: str, quick: bool) -> Iterator[Row]:
         f"{options['num_hidden_layers']} layers, width {options['hidden_size']}, {heads} heads, {options['steps']} "
         f"steps of {options['batch_size']} x {options['length']} bytes, {len(_SEEDS)} seeds"
     )
-    bits, seconds, baseline = {}, {}, None
+    bits: dict[str, float] = {}
+    seconds: dict[str, float] = {}
     for name in arms:
         entry = {
             "mechanism": "sqa",
@@ -414,17 +415,16 @@ def _quality(device: str, quick: bool) -> Iterator[Row]:
         bits[name], deviation = mean_and_deviation([run.bits_per_byte for run in runs])
         seconds[name] = min(run.seconds for run in runs)
         yield measured(
-            f"bits a byte of a tiny model, {name}, standard deviation {deviation:.3f}",
-            f"{shape}, {runs[0].parameters} parameters", bits[name], "bits/byte", better="lower",
-            baseline_name=baseline, baseline=bits["GQA"] if baseline else None,
+            f"bits a byte of a tiny model, {name}", f"{shape}, {runs[0].parameters} parameters", bits[name],
+            "bits/byte", better="lower", deviation=deviation, baseline_name="GQA" if len(bits) > 1 else None,
+            baseline=bits["GQA"] if len(bits) > 1 else None,
         )  # fmt: skip
         # The arms are trained one after another, and a CPU has other work too: times would compare that.
-        if device == "cuda" and baseline:
+        if device == "cuda" and len(bits) > 1:
             yield measured(
                 f"seconds of training a tiny model, best of {len(_SEEDS)}, {name}", shape, seconds[name], "s",
                 better="lower", baseline_name="GQA", baseline=seconds["GQA"],
             )  # fmt: skip
-        baseline = baseline or f"GQA, standard deviation {deviation:.3f}"
 
 
 _PARTS: dict[str, Measure] = {"models": _models, "layer": _layer, "quality": _quality}
