@@ -26,6 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gla": _LATENT | {"num_latent_heads": 2},
     "tpla": _LATENT | {"num_shards": 2},
     "moh": {"shared_heads": 1, "top_k": 2},
+    "gdla": _LATENT | {"query_latent_dim": 12, "output_gate": True},
 }
 every_mechanism = pytest.mark.parametrize("mechanism", sorted(CAUSAL_MECHANISMS))
 

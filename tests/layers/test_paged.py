@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from tests.layers.latents import EXACT, hidden_states, positions, random_layer
+from undivided.layers.gdla import GDLAttention
 from undivided.layers.gla import GLAttention
 from undivided.layers.latent import grouped_latent_attention
 from undivided.layers.mla import MLAttention
@@ -22,6 +23,7 @@ CASES = {
     "mla, all keys rotary": (MLAttention, {"nope_dim": 0, "rope_dim": 8, "rope_repeats": 2}),
     "mla, capped": (MLAttention, {"softcap": 3.0, "query_latent_dim": 12}),
     "gla": (GLAttention, {}),
+    "gdla": (GDLAttention, {"num_noise_heads": 1, "query_latent_dim": 12, "output_gate": True}),
     "tpla": (TPLAttention, {"num_shards": 4}),
     "tpla, exact norm": (TPLAttention, {"norm": "exact"}),
     "tpla, exact softmax": (TPLAttention, {"softmax": "exact"}),

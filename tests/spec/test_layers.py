@@ -10,6 +10,7 @@ from tests.layers.test_contract import OPTIONS
 from tests.tiny import tiny_config
 from undivided.layers import CAUSAL_MECHANISMS, causal_attention
 from undivided.layers._base import CausalAttention
+from undivided.layers.convit import GPSA
 from undivided.layers.kdgqa import KeyDrivenGQA
 from undivided.layers.pgqa import PerturbedGQA
 from undivided.layers.vision_gqa import VisionGQA
@@ -23,6 +24,12 @@ MORE = {
     "gda": [
         {"num_noise_heads": 1, "num_signal_heads": 3, "key_ratio": 3},
         {"num_noise_heads": 2, "variant": "released", "softcap": 2.0},
+    ],
+    "gda_v2": [{"num_noise_heads": 2, "num_signal_heads": 6, "softcap": 2.0}],
+    "gdla": [
+        {"num_signal_heads": 6, "num_key_value_heads": 1, "softcap": 2.0, "output_gate": False},
+        {"rope_dim": 0, "rope_stride": 1},
+        {"nope_dim": 0, "rope_dim": 8, "rope_stride": 1},
     ],
     "kdgqa": [{"head_map": [0, 0, 0, 1]}, {"head_map": [1, 1, 0, 1], "softcap": 1.5}],
     "sqa": [
@@ -102,6 +109,7 @@ VISION = {
     "gqa": lambda: VisionGQA(32, 4, 2, qk_norm=True),
     "gqa, three key heads of four": lambda: VisionGQA(32, 4, 3),
     "kdgqa": lambda: KeyDrivenGQA(32, 8, 4),
+    "convit": lambda: GPSA(32, 4),
     "pgqa": lambda: PerturbedGQA(32, 4, 2, generator=torch.Generator().manual_seed(0)),
 }
 

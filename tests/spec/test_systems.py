@@ -100,6 +100,24 @@ def case_pgqa():
     return SYSTEMS["pgqa"].spec, {**x, "noise": per_head}, (grouped - scaled).reshape(plain.shape)
 
 
+def case_convit():
+    """Two rows of three tokens; the logits by position are written with offsets here."""
+    tensors = {name: heads(4) for name in ("query", "key", "value")}
+    weight, gate = draw(4, 3), draw(4).sigmoid()
+    y, x = torch.cartesian_prod(torch.arange(2), torch.arange(3)).double().unbind(-1)
+    dy, dx = (place[None] - place[:, None] for place in (y, x))
+    by_position = torch.einsum("hc,cij->hij", weight, torch.stack((dx, dy, dx**2 + dy**2))).softmax(-1)
+    by_content = (tensors["query"] @ tensors["key"].mT / 8**0.5).softmax(-1)
+    expected = torch.lerp(by_content, by_position, gate[:, None, None]) @ tensors["value"]
+    # The dot products leave out what is the same for all keys.
+    along_x, along_y, squared = weight[:, :, None].unbind(1)
+    query = torch.stack((along_x - 2 * squared * x, along_y - 2 * squared * y, squared.expand(4, 6)), -1)
+    tensors["query_position"] = (8**0.5 * query).expand(2, 4, 6, 3)
+    tensors["key_position"] = torch.stack((x, y, x**2 + y**2), -1).expand(2, 4, 6, 3)
+    spec = SYSTEMS["convit"].build(8**-0.5)
+    return spec, tensors | {"content_gate": 1 - gate, "position_gate": gate}, expected
+
+
 def case_cca():
     x = {"query": heads(4), "key": heads(2), "value": heads(2), "temperature": torch.rand(2).double() + 0.5}
     query = 8**0.5 * x["query"] / x["query"].norm(dim=-1, keepdim=True)
@@ -356,8 +374,8 @@ def test_what_a_system_is_lowered_to_computes_it(slug):
 # What of the library computes a system, beside the interpreter: an operator, to which its specification is lowered.
 ROUND_TRIPS = {
     "dense": {
-        "alibi", "cca", "dha", "gated", "gla", "gqa", "kdgqa", "mla", "moh", "neighborhood", "pgqa", "query_key_norm",
-        "relative", "sink", "sliding_window", "sqa", "token_merging", "tpla", "transmla", "x_ecomla",
+        "alibi", "cca", "convit", "dha", "gated", "gla", "gqa", "kdgqa", "mla", "moh", "neighborhood", "pgqa",
+        "query_key_norm", "relative", "sink", "sliding_window", "sqa", "token_merging", "tpla", "transmla", "x_ecomla",
     },
     "differential": {"differential", "gda"},
     "column": {"slot"},
@@ -377,7 +395,7 @@ def test_twenty_systems_and_more_go_from_words_to_an_operator_and_back():
         torch.testing.assert_close(lowered(x), expected, **EXACT)
         found.setdefault(lowered.target.name, set()).add(slug)
     assert found == ROUND_TRIPS
-    assert sum(map(len, found.values())) == 24
+    assert sum(map(len, found.values())) == 25
 
 
 def test_signal_minus_noise_rows_have_mass_one_minus_lambda():

@@ -5,31 +5,20 @@ with `6 D (Hs + Hn)` operations a pair, four signal heads a noise head need 1.6 
 production code makes four calls of flash attention, two for each map, and computes every score twice:
 `8 D (Hs + Hn)`. On a GPU the attention and the whole layer are timed at the head counts of Motif-2-12.7B. The whole
 layer gains less than its attention at short lengths, where its projections, which no ratio of heads makes cheap, are
-most of the work. On a CPU tiny models are trained for seconds: they show that every ratio trains, and that growth
-costs nothing; differences of a few hundredths of a bit are those between seeds, and say nothing about large models.
+most of the work. What small models can show of the quality is in `_gda_quality`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
+from undivided.claims._gda_quality import quality, recall
 from undivided.claims._harness import Claim, Measure, Row, all_of, measured
 from undivided.claims._timing import measured_ceilings, time_rivals
-from undivided.claims._tiny_lm import (
-    TinyRun,
-    bits_per_byte,
-    mean_and_deviation,
-    tiny_lm,
-    train,
-    train_tiny_lm,
-)
 from undivided.layers.gda import GDAttention
 from undivided.ops import differential_attention
 from undivided.testing import compare_op
@@ -71,15 +60,6 @@ def _layer_times(device: str, quick: bool) -> Iterator[Row]:
             yield from _layer(length)
         yield from _training(4096 if quick else 8192)
         yield from _decode(32768)
-
-
-def _quality(device: str, quick: bool) -> Iterator[Row]:
-    """Yields losses of small models on a GPU; of tiny ones, and of growth, on a CPU."""
-    if device == "cuda":
-        yield from _losses(quick, _LARGER)
-        return
-    yield from _losses(quick, _TINY)
-    yield from _growth(quick)
 
 
 def _inputs(
@@ -325,151 +305,12 @@ def _decode(keys: int) -> Iterator[Row]:
         )  # fmt: skip
 
 
-# Ten maps in all, and one key head of each kind, the most that nine signal heads a noise head allow: every arm caches
-# the same. The width of the MLPs makes the arms equal in parameters.
-_SIZES: dict[str, Any] = {
-    "hidden_size": 80,
-    "num_attention_heads": 10,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
+_PARTS: dict[str, Measure] = {
+    "attention": _attention_times,
+    "layer": _layer_times,
+    "quality": quality,
+    "recall": recall,
 }
-_ARMS = {
-    "10 plain heads": None,
-    "5:5 (Differential Transformer)": {"mechanism": "gda", "num_noise_heads": 5},
-    "8:2": {"mechanism": "gda", "num_noise_heads": 2},
-    "9:1": {"mechanism": "gda", "num_noise_heads": 1},
-}
-_STEPS, _QUICK_STEPS, _SEEDS = 150, 20, (0, 1, 2)
-_SYMMETRIC = "5:5 (Differential Transformer)"
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """Sizes and training of the models of a quality table."""
-
-    sizes: dict[str, Any]
-    parameters: int
-    steps: int
-    batch_size: int
-    length: int
-    device: str
-
-
-_TINY = _Scale(_SIZES, 160_000, _STEPS, 16, 128, "cpu")
-_LARGER = _Scale(
-    {**_SIZES, "hidden_size": 320, "head_dim": 32, "num_hidden_layers": 6}, 6_000_000, 400, 32, 256, "cuda"
-)
-
-
-def _texts() -> tuple[str, str]:
-    from undivided.data import demo_texts
-
-    texts = demo_texts()
-    return texts.calibration, texts.heldout["2024-Biden-1"]
-
-
-def _shape(steps: int, scale: _Scale = _TINY) -> str:
-    layers, width = scale.sizes.get("num_hidden_layers", 2), scale.sizes["hidden_size"]
-    amount = f"{steps} steps of {scale.batch_size * scale.length} bytes"
-    return f"{layers} layers, width {width}, {amount}, {len(_SEEDS)} seeds"
-
-
-def _losses(quick: bool, scale: _Scale) -> Iterator[Row]:
-    text, heldout = _texts()
-    steps = _QUICK_STEPS if quick else scale.steps
-    runs = {
-        arm: train_tiny_lm(
-            entry, text, heldout, seeds=_SEEDS, steps=steps, parameters=scale.parameters, device=scale.device,
-            batch_size=scale.batch_size, length=scale.length, **scale.sizes,
-        )
-        for arm, entry in _ARMS.items()
-    }  # fmt: skip
-    baseline = mean_and_deviation([run.bits_per_byte for run in runs[_SYMMETRIC]])
-    for arm, own in runs.items():
-        yield _loss_row(
-            f"bits a byte of a {'tiny' if scale is _TINY else 'small'} model, {arm}",
-            f"{_shape(steps, scale)}, {own[0].parameters} parameters", own,
-            _named(_SYMMETRIC, baseline) if arm != _SYMMETRIC else None, baseline[0],
-        )  # fmt: skip
-
-
-def _named(name: str, value: tuple[float, float]) -> str:
-    return f"{name}, standard deviation {value[1]:.3f}"
-
-
-def _loss_row(what: str, shape: str, runs: list[TinyRun], baseline_name: str | None, baseline: float) -> Row:
-    mean, deviation = mean_and_deviation([run.bits_per_byte for run in runs])
-    return measured(
-        f"{what}, standard deviation {deviation:.3f}", shape, mean, "bits/byte", better="lower",
-        baseline_name=baseline_name, baseline=None if baseline_name is None else baseline,
-    )  # fmt: skip
-
-
-def _growth(quick: bool) -> Iterator[Row]:
-    """Trains with two signal heads a noise head, grows to four, and trains on; beside it, the larger from scratch."""
-    from undivided.convert.gda_grow import convert_gda_grow
-
-    text, heldout = _texts()
-    steps = _QUICK_STEPS if quick else _STEPS
-    early = 3 * steps // 10
-    small = {"mechanism": "gda", "num_signal_heads": 4, "num_noise_heads": 2}
-    arms: dict[str, list[float]] = {"grown": [], "grown with its noise heads": [], "from scratch": []}
-    largest = 0.0
-    for seed in _SEEDS:
-        model = tiny_lm(small, seed, **_SIZES)
-        train(model, text, steps=early, seed=seed)
-        before = bits_per_byte(model, heldout)
-        grown, _ = convert_gda_grow(model, signal_factor=2, seed=seed)
-        doubled = duplicate_groups(model)
-        largest = max(largest, *(abs(bits_per_byte(other, heldout) - before) for other in (grown, doubled)))
-        scratch = tiny_lm(small | {"num_signal_heads": 8}, seed, **_SIZES)
-        for name, other, rest in (
-            ("grown", grown, steps - early),
-            ("grown with its noise heads", doubled, steps - early),
-            ("from scratch", scratch, steps),
-        ):
-            train(other, text, steps=rest, seed=seed + 100)
-            arms[name].append(bits_per_byte(other, heldout))
-    yield measured(
-        "change of bits a byte by growth from 4:2 to 8:2 heads",
-        _shape(early),
-        largest,
-        "bits/byte",
-        better="lower",
-    )
-    values = {name: mean_and_deviation(own) for name, own in arms.items()}
-    shape = f"{_shape(steps)}, the first {early} with 4:2 heads, then 8:2"
-    for name in ("grown with its noise heads", "from scratch"):
-        mean, deviation = values["grown"]
-        yield measured(
-            f"bits a byte after growth of signal heads, against {name}, standard deviation {deviation:.3f}", shape,
-            mean, "bits/byte", better="lower", baseline_name=_named(name, values[name]), baseline=values[name][0],
-        )  # fmt: skip
-
-
-@torch.no_grad()
-def duplicate_groups(model: nn.Module) -> nn.Module:
-    """Returns a copy in which every group, its noise head included, stands twice: growth that tells no heads apart."""
-    import copy
-
-    host = copy.deepcopy(model)
-    for index, layer in enumerate(host.attention_layers()):
-        groups, ratio, width = layer.num_noise_heads, layer.signal_ratio, layer.head_dim
-        rows = layer.q_proj.weight.unflatten(0, (groups, (ratio + 1) * width)).repeat_interleave(2, dim=0)
-        columns = (
-            layer.o_proj.weight.unflatten(1, (groups, ratio * 2 * width)).repeat_interleave(2, dim=1) / 2
-        )
-        for name, weight in (("q_proj", rows.flatten(0, 1)), ("o_proj", columns.flatten(1))):
-            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-            linear.weight.copy_(weight)
-            setattr(layer, name, linear)
-        layer.num_noise_heads, layer.num_signal_heads = 2 * groups, 2 * groups * ratio
-        sizes = {"num_signal_heads": layer.num_signal_heads, "num_noise_heads": layer.num_noise_heads}
-        host.set_attention(index, layer, **sizes)
-    return host
-
-
-_PARTS: dict[str, Measure] = {"attention": _attention_times, "layer": _layer_times, "quality": _quality}
 CLAIM = Claim(
     slug="gda",
     source="arXiv 2510.06949, abstract; the authors' production code for the four calls",

@@ -13,6 +13,8 @@ CAUSAL_MECHANISMS: dict[str, str] = {
     "gqa": "undivided.layers.gqa:GQAttention",
     "sqa": "undivided.layers.sqa:SQAttention",
     "gda": "undivided.layers.gda:GDAttention",
+    "gda_v2": "undivided.layers.gda_v2:GDAttentionV2",
+    "gdla": "undivided.layers.gdla:GDLAttention",
     "kdgqa": "undivided.layers.kdgqa:KDGQAttention",
     "moh": "undivided.layers.moh:MoHAttention",
     "cca": "undivided.layers.cca:CCAttention",

@@ -84,10 +84,9 @@ class GDAttention(CausalAttention):
         layer_idx: int = 0,
     ) -> None:
         super().__init__()
-        if num_noise_heads is None:
-            num_noise_heads = num_attention_heads // 2
-        if num_signal_heads is None:
-            num_signal_heads = num_attention_heads - num_noise_heads
+        num_signal_heads, num_noise_heads = differential_heads(
+            num_attention_heads, num_signal_heads, num_noise_heads
+        )
         if variant not in VARIANTS:
             raise ValueError(f"variant={variant!r} is not one of {', '.join(map(repr, VARIANTS))}.")
         _check_heads(num_signal_heads, num_noise_heads, num_key_value_heads, key_ratio)
@@ -232,12 +231,23 @@ def one_below_another(rows: torch.Tensor, count: int) -> torch.Tensor:
     return rows if count == 1 else rows.unflatten(-1, (count, -1)).transpose(2, 3).flatten(1, 2)
 
 
-def _check_heads(signal: int, noise: int, key_value: int, key_ratio: int) -> None:
+def differential_heads(total: int, signal: int | None, noise: int | None) -> tuple[int, int]:
+    """Returns how many signal and noise heads there are, of which either may be left open.
+
+    Raises:
+        ValueError: noise heads do not divide signal heads.
+    """
+    noise = total // 2 if noise is None else noise
+    signal = total - noise if signal is None else signal
     if noise < 1 or signal < noise or signal % noise:
         raise ValueError(
             f"num_signal_heads={signal} is no multiple of num_noise_heads={noise}; each noise head serves the same "
             "number of signal heads."
         )
+    return signal, noise
+
+
+def _check_heads(signal: int, noise: int, key_value: int, key_ratio: int) -> None:
     if key_value < 2 or key_value % 2:
         raise ValueError(
             f"num_key_value_heads={key_value} must be even and at least 2: half of the keys are noise keys, and each "

@@ -236,7 +236,11 @@ class LatentAttention(CausalAttention):
             shard_scale=self.shard_energies() if normalised else None,
             backend="reference" if rows.backend == "reference" else "auto",
         )  # fmt: skip
-        return self.project_output(self.attend_rows(query_nope, query_rope, rows))
+        return self.project_output(self.mix(self.attend_rows(query_nope, query_rope, rows), hidden_states))
+
+    def mix(self, heads: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Returns what is projected of the heads' outputs `[B, H, N, value_dim]`: here, all as they are."""
+        return heads
 
     def project_output(self, heads: torch.Tensor) -> torch.Tensor:
         """Returns `[B, N, C]` from the heads' outputs `[B, H, N, value_dim]`."""
@@ -266,7 +270,8 @@ class LatentAttention(CausalAttention):
             latent, rope_key = past_key_values.update(latent, rope_key, self.layer_idx)
             latent, rope_key = filled_keys(attention_mask, past_key_values, self.layer_idx, latent, rope_key)
         mask = additive_or_boolean(attention_mask, latent.shape[2])
-        return self.project_output(self.attend(query_nope, query_rope, latent, rope_key, mask, exact)), None
+        heads = self.attend(query_nope, query_rope, latent, rope_key, mask, exact)
+        return self.project_output(self.mix(heads, hidden_states)), None
 
     def projected(
         self, hidden_states: torch.Tensor, position_embeddings: PositionEmbeddings | None, exact: bool

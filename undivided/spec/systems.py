@@ -91,6 +91,27 @@ def gda(
     )
 
 
+def gda_v2(scale: float | None = None, softcap: float | None = None) -> AttentionSpec:
+    """Grouped differential attention, second version: both maps on the same keys, lambda of a token and a head."""
+    noise = Term(-1.0, "lambda", (("query", "query_noise"),))
+    return AttentionSpec(carrier=Carrier(_CAUSAL), evidence=_dot_product(scale, softcap), mix=(Term(), noise))
+
+
+def gdla(
+    nope_dim: int = 128,
+    rope_dim: int = 64,
+    scale: float | None = None,
+    softcap: float | None = None,
+    gate: bool = False,
+) -> AttentionSpec:
+    """Grouped differential latent attention: signal maps minus lambda times noise maps, on one latent."""
+    whole = mla(1, nope_dim, rope_dim, scale, softcap)
+    own = {"query": nope_dim, "key_up": nope_dim, "query_rope": rope_dim, "value_up": 1}
+    renamed = tuple((name, f"{name}_noise") for name, dim in own.items() if dim)
+    update = (Gate("gate"),) if gate else ()
+    return dataclasses.replace(whole, mix=(Term(), Term(-1.0, "lambda", renamed)), update=update)
+
+
 def moh() -> AttentionSpec:
     """Mixture of heads: every token weighs the outputs of the heads."""
     return AttentionSpec(carrier=Carrier(_CAUSAL), update=(Gate("gates"),))
@@ -111,6 +132,13 @@ def kdgqa() -> AttentionSpec:
 def pgqa() -> AttentionSpec:
     """Perturbed grouped-query attention: standardised noise is subtracted from the outputs."""
     return AttentionSpec(update=(Perturb("noise"),))
+
+
+def convit(scale: float | None = None) -> AttentionSpec:
+    """Gated positional self-attention: one map by content and one by position, mixed by a gate of each head."""
+    position = (("query", "query_position"), ("key", "key_position"))
+    mix = (Term(1.0, "content_gate"), Term(1.0, "position_gate", position))
+    return AttentionSpec(evidence=_dot_product(scale, None), mix=mix)
 
 
 def cca(key_heads: int | None = None) -> AttentionSpec:
@@ -308,6 +336,15 @@ SYSTEMS: dict[str, SpecifiedSystem] = {
             "pgqa", "PGQA", pgqa,
             (("noise", "uniform noise without its diagonal, standardised per head"),),
             "Key-Driven Grouped Query Attention (arXiv 2408.08454)",
+        ),
+        SpecifiedSystem(
+            "convit", "ConViT (GPSA)", convit,
+            (
+                ("content_gate, position_gate", "1 - sigmoid and sigmoid of one learned number a head"),
+                ("query_position, key_position", "of rank 3: a quadratic form of the offset between two tokens"),
+            ),
+            "ConViT (arXiv 2103.10697), section 3",
+            "The maps are mixed after their softmax; a sum of the logits would be another system.",
         ),
         SpecifiedSystem(
             "cca", "CCA / CCGQA", cca,
