@@ -110,7 +110,11 @@ SYSTEMS: tuple[System, ...] = (
     System(
         2, "gda", "GDA", "Grouped Differential Attention", 2025, "2510.06949", "heads",
         "Subtracts a few noise heads from many signal heads; differential attention made cheaper.",
-        ("undivided.layers.gda", "undivided.convert.gda_grow"), "partial", "paper",
+        (
+            "undivided.layers.gda", "undivided.layers.gda_v2", "undivided.layers.gdla",
+            "undivided.ops.differential", "undivided.convert.gda_grow",
+        ),
+        "partial", "paper",
     ),
     System(
         3, "dha", "DHA",
@@ -124,7 +128,7 @@ SYSTEMS: tuple[System, ...] = (
         "Generalized Neighborhood Attention: Multi-dimensional Sparse Attention at the Speed of Light",
         2025, "2504.16922", "local",
         "Adds a stride to window attention and predicts which windows waste no work on a GPU.",
-        ("undivided.layers.gna", "undivided.cost.gna"),
+        ("undivided.layers.gna", "undivided.ops.neighborhood", "undivided.cost.gna"), "partial", "official",
     ),
     System(
         5, "cca", "CCA / CCGQA",
@@ -176,13 +180,13 @@ SYSTEMS: tuple[System, ...] = (
         "Faster Neighborhood Attention: Reducing the O(n^2) Cost of Self Attention at the Threadblock Level",
         2024, "2403.04690", "local",
         "Fuses neighborhood attention in 1-D, 2-D and 3-D into one kernel with linear memory.",
-        ("undivided.layers.fna", "undivided.ops.neighborhood"),
+        ("undivided.ops.neighborhood", "undivided.layers.gna"), "partial", "official",
     ),
     System(
         12, "ggem", "GGeM",
         "Group Generalized Mean Pooling for Vision Transformer", 2022, "2212.04114", "mixer",
         "Pools patch tokens with one learned power a channel group, in place of the class token.",
-        ("undivided.layers.ggem",),
+        ("undivided.layers.ggem",), "partial", "reconstruction",
     ),
     System(
         13, "yq_lsa", "yq-LSA",
@@ -247,13 +251,13 @@ SYSTEMS: tuple[System, ...] = (
         22, "hilo", "HiLo / LITv2",
         "Fast Vision Transformers with HiLo Attention", 2022, "2205.13213", "vision",
         "Splits heads into window detail and pooled context, for backbones fast on real devices.",
-        ("undivided.layers.hilo", "undivided.models.vision.hilo"),
+        ("undivided.layers.hilo", "undivided.models.vision.litv2"), "partial", "official",
     ),
     System(
         23, "vig", "ViG", "ViG: Linear-complexity Visual Sequence Learning with Gated Linear Attention",
         2024, "2405.18425", "linear",
         "Scans images in both directions with gated linear attention, for high resolution.",
-        ("undivided.layers.vig", "undivided.models.vision.vig"),
+        ("undivided.layers.vig", "undivided.models.vision.vig", "undivided.ops.scan"), "partial", "official",
     ),
     System(
         24, "icl", "ICL regression",
@@ -288,7 +292,8 @@ SYSTEMS: tuple[System, ...] = (
         "ConViT: Improving Vision Transformers with Soft Convolutional Inductive Biases",
         2021, "2103.10697", "vision",
         "Starts heads as convolutions and lets a gate free each one, for ViTs with little data.",
-        ("undivided.layers.convit", "undivided.models.vision.convit"),
+        ("undivided.layers.convit", "undivided.models.vision.convit", "undivided.ops.positional"),
+        "partial", "official",
     ),
     System(
         29, "hess", "HeSS", "HeSS: Head Sensitivity Score for Sparsity Redistribution in VGGT",
@@ -362,13 +367,13 @@ SYSTEMS: tuple[System, ...] = (
     System(
         39, "gcvit", "GC ViT", "Global Context Vision Transformers", 2022, "2206.09959", "vision",
         "Gives windows queries made from the whole image, in place of shifted windows.",
-        ("undivided.layers.gcvit", "undivided.models.vision.gcvit"),
+        ("undivided.layers.gcvit", "undivided.ops.grouped", "undivided.models.vision.gcvit"), "partial", "official",
     ),
     System(
         40, "ela", "ELA", "ELA: Efficient Local Attention for Deep Convolutional Neural Networks",
         2024, "2403.01123", "mixer",
         "Gates the rows and columns of a CNN's feature maps to localise objects at little cost.",
-        ("undivided.layers.ela",),
+        ("undivided.layers.ela",), "partial", "official",
     ),
     System(
         41, "lrgt", "LRGT", "Long-Range Grouping Transformer for Multi-View 3D Reconstruction",
@@ -462,7 +467,7 @@ SYSTEMS: tuple[System, ...] = (
         54, "rala", "RALA / RAVLT", "Breaking the Low-Rank Dilemma of Linear Attention",
         2024, "2411.07635", "linear",
         "Raises the rank of linear attention by token weights and modulation, for vision backbones.",
-        ("undivided.layers.rala", "undivided.models.vision.rala"),
+        ("undivided.layers.rala", "undivided.models.vision.ravlt", "undivided.ops.linear"), "partial", "official",
     ),
 )
 # fmt: on

@@ -151,6 +151,13 @@ def test_an_image_does_not_depend_on_its_batch_mates(shared):
 
 
 @shared_or_not
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_a_batch_of_no_images_has_no_outputs(shared, backend):
+    groups = MAPS["a map"]
+    assert call(groups, shared, backend)(**inputs(groups, shared, batch=0)).shape == (0, 3, 24, 8)
+
+
+@shared_or_not
 def test_one_graph_under_torch_compile(shared):
     groups = MAPS["a map"]
     x = inputs(groups, shared, dtype=torch.float32)

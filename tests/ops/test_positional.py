@@ -81,7 +81,13 @@ def test_weights_by_position_are_a_product_of_rows_and_columns(size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("size", [(5, 5), (3, 6)], ids=str)
 def test_outputs_and_gradients_are_as_accurate_as_the_direct_form(size, dtype):
-    compare_op(call(size, "sdpa"), in_the_dtype_given(size), call(size, "reference"), inputs(size, value_dim=6), dtype)
+    compare_op(
+        call(size, "sdpa"),
+        in_the_dtype_given(size),
+        call(size, "reference"),
+        inputs(size, value_dim=6),
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
@@ -150,17 +156,24 @@ def test_one_graph_under_torch_compile():
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "text"),
+    ("name", "tensor", "error", "text"),
     [
-        (dict(size=(3, 4)), ValueError, r"size=\(3, 4\) has 12 tokens, but query has 15"),
-        (dict(key=torch.ones(2, 3, 15, 4).double()), ValueError, r"key has shape \[2, 3, 15, 4\], but query \[2, 3, 15, 8"),
-        (dict(value=torch.ones(2, 1, 15, 8).double()), ValueError, r"it must share \[batch, heads, tokens\] = \[2, 3, 15\]"),
-        (dict(position_weight=torch.ones(3, 2)), ValueError, r"position_weight has shape \[3, 2\]; .*\[heads, 3\] = \[3, 3\]"),
-        (dict(gate=torch.ones(2)), ValueError, r"gate has shape \[2\]; it must be \[heads\] = \[3\]"),
-        (dict(gate=torch.ones(3).int()), TypeError, "gate has dtype torch.int32; use a floating-point dtype"),
-        (dict(backend="triton"), ValueError, "backend='triton' is not one of \"auto\", \"sdpa\", \"reference\""),
+        ("key", torch.ones(2, 3, 15, 4), ValueError, r"key has shape \[2, 3, 15, 4\], but query \[2, 3, 15, 8\]"),
+        ("value", torch.ones(2, 1, 15, 8), ValueError, r"must share \[batch, heads, tokens\] = \[2, 3, 15\]"),
+        ("position_weight", torch.ones(3, 2), ValueError, r"shape \[3, 2\]; it must be \[heads, 3\] = \[3, 3\]"),
+        ("gate", torch.ones(2), ValueError, r"gate has shape \[2\]; it must be \[heads\] = \[3\]"),
+        ("gate", torch.ones(3).int(), TypeError, "gate has dtype torch.int32; use a floating-point dtype"),
+        ("value", torch.ones(2, 3, 15, 8).half(), TypeError, "value has dtype torch.float16, but query has"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_named(change, error, text):
+def test_a_tensor_that_does_not_fit_is_named(name, tensor, error, text):
+    x = {key: value.float() for key, value in inputs((3, 5)).items()}
     with pytest.raises(error, match=text):
-        gated_positional_attention(**{**inputs((3, 5)), "size": (3, 5), **change})
+        gated_positional_attention(**{**x, name: tensor}, size=(3, 5))
+
+
+def test_a_map_or_a_backend_that_does_not_fit_is_named():
+    with pytest.raises(ValueError, match=r"size=\(3, 4\) has 12 tokens, but query has 15"):
+        call((3, 4), "auto")(**inputs((3, 5)))
+    with pytest.raises(ValueError, match='backend=\'triton\' is not one of "auto", "sdpa", "reference"'):
+        call((3, 5), "triton")(**inputs((3, 5)))

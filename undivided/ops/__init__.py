@@ -12,8 +12,12 @@ from undivided.ops import (
     grouped,
     latent_append,
     latent_decode,
+    linear,
     merge,
+    neighborhood,
+    positional,
     routed,
+    scan,
     transport,
 )
 from undivided.ops._backends import Backend
@@ -23,8 +27,12 @@ from undivided.ops.differential import differential_attention
 from undivided.ops.grouped import grouped_attention
 from undivided.ops.latent_append import append_latent
 from undivided.ops.latent_decode import latent_attention
+from undivided.ops.linear import linear_attention
 from undivided.ops.merge import merge_attention
+from undivided.ops.neighborhood import neighborhood_attention
+from undivided.ops.positional import gated_positional_attention
 from undivided.ops.routed import routed_attention
+from undivided.ops.scan import gated_scan
 from undivided.ops.transport import column_attention, sinkhorn_attention
 
 OPS: dict[str, tuple[Backend, ...]] = {
@@ -36,6 +44,10 @@ OPS: dict[str, tuple[Backend, ...]] = {
     "convolved_heads": conv.BACKENDS,
     "routed_attention": routed.BACKENDS,
     "grouped_attention": grouped.BACKENDS,
+    "neighborhood_attention": neighborhood.BACKENDS,
+    "linear_attention": linear.BACKENDS,
+    "gated_scan": scan.BACKENDS,
+    "gated_positional_attention": positional.BACKENDS,
     "column_attention": transport.COLUMN_BACKENDS,
     "sinkhorn_attention": transport.SINKHORN_BACKENDS,
 }
@@ -48,9 +60,13 @@ __all__ = [
     "convolved_heads",
     "dense_attention",
     "differential_attention",
+    "gated_positional_attention",
+    "gated_scan",
     "grouped_attention",
     "latent_attention",
+    "linear_attention",
     "merge_attention",
+    "neighborhood_attention",
     "routed_attention",
     "sinkhorn_attention",
 ]
