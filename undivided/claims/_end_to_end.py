@@ -206,7 +206,7 @@ class EngineStudy:
 
 def demo_engine_study() -> EngineStudy:
     """SmolLM2-135M-Instruct as MLA, latent 256 and 32 rotary dimensions; 20 beginnings of paragraphs as prompts."""
-    from undivided.claims.tpla import demo_study
+    from undivided.claims._latent_study import demo_study
     from undivided.data import demo_texts
     from undivided.models.checkpoint import open_checkpoint
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from undivided.claims._harness import Row, measured
-from undivided.claims.tpla import Study, demo_study
+from undivided.claims._latent_study import Study, demo_study
 from undivided.data import demo_texts
 from undivided.data.text import token_blocks
 from undivided.training import Recipe, heal
