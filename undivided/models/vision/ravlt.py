@@ -62,11 +62,12 @@ class Projection(nn.Module):
     def __init__(self, dim: int, out_dim: int, **options: Any) -> None:
         super().__init__()
         self.proj = nn.Linear(dim, out_dim, **options)
-        self.norm = nn.BatchNorm2d(out_dim, **options)
+        self.norm = nn.BatchNorm1d(out_dim, **options)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.proj(x).transpose(1, 2)
-        return F.silu(self.norm(x[..., None])[..., 0].transpose(1, 2))
+        # Rows of channels: of a transposed [B, C, N, 1] torch 2.14 computes wrong gradients on a CPU.
+        rows = self.norm(self.proj(x).flatten(0, 1))
+        return F.silu(rows.unflatten(0, x.shape[:2]))
 
 
 class ConvolutionalMlp(nn.Module):
