@@ -251,7 +251,7 @@ SYSTEMS: tuple[System, ...] = (
         22, "hilo", "HiLo / LITv2",
         "Fast Vision Transformers with HiLo Attention", 2022, "2205.13213", "vision",
         "Splits heads into window detail and pooled context, for backbones fast on real devices.",
-        ("undivided.layers.hilo", "undivided.models.vision.litv2"), "partial", "official",
+        ("undivided.layers.hilo", "undivided.models.vision.litv2"), "works", "official",
     ),
     System(
         23, "vig", "ViG", "ViG: Linear-complexity Visual Sequence Learning with Gated Linear Attention",

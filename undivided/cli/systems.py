@@ -12,6 +12,8 @@ import typer
 from undivided import catalog
 from undivided.catalog import FIDELITIES, KINDS, STATES, SYSTEMS, System
 
+# Columns of a terminal that hold the widest names beside each other.
+_ROOM_FOR_ALL = 96
 BEGIN = "<!-- systems:begin -->"
 END = "<!-- systems:end -->"
 
@@ -63,12 +65,16 @@ def _list(rows: list[System]) -> None:
 
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("#", justify="right", header_style="bold")
-    for head in ("system", "paper", "kind", "state", "where", "fidelity"):
+    heads = ["system", "paper", "kind", "state", "where", "fidelity"]
+    if out.is_terminal and out.width < _ROOM_FOR_ALL:
+        # It is the one that the page of a system says as well and nobody types.
+        heads.remove("fidelity")
+    for head in heads:
         # Only modules may wrap: a name that is cut or split cannot be typed.
         table.add_column(head, no_wrap=head != "where", overflow="fold", header_style="bold")
     for row in rows:
         names = (row.slug, row.arxiv, row.kind, row.state, _rooms(row), row.fidelity or "")
-        table.add_row(str(row.number), *names)
+        table.add_row(str(row.number), *names[: len(heads)])
     # Where there is no terminal there is no width to fit, and whole lines are easier to search.
     (out if out.is_terminal else Console(file=out.file, width=10_000)).print(table, markup=False)
     counts = ", ".join(f"{sum(row.state == state for row in rows)} {state}" for state in reversed(STATES))

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 # Operators of torch, whose formulas the counter has where they multiply.
 _OWN = ("aten", "prim", "prims", "inductor", "profiler")
-_CONVOLUTIONS = ("aten.convolution", "aten._convolution")
+_CONVOLUTIONS = ("aten.convolution", "aten._convolution", "torchvision.deform_conv2d")
 _PROJECTIONS = ("aten.mm", "aten.addmm")
 
 

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 timm = pytest.importorskip("timm")
 
+from torchvision.ops import deform_conv2d  # noqa: E402
+
 from undivided.cost.vision import multiply_adds  # noqa: E402
 from undivided.layers._vision import to_map, to_tokens  # noqa: E402
 from undivided.models.vision import load_official  # noqa: E402
@@ -188,6 +190,16 @@ def test_positions_are_not_rounded_to_half_precision(dtype):
     assert found.dtype == dtype
     # The offsets are rounded once, and the output.
     torch.testing.assert_close(found.float(), want, rtol=2e-2, atol=3e-2)
+
+
+def test_under_autocast_only_the_offsets_are_rounded():
+    layer, x = deformable().float(), torch.randn(2, 3, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        offset = layer.offset(x)
+        found = layer(x)
+    want = deform_conv2d(x, offset.float(), layer.weight, layer.bias, stride=2)
+    assert found.dtype == offset.dtype == torch.bfloat16
+    assert torch.equal(found, want.bfloat16())
 
 
 # -- initialisation

@@ -82,9 +82,8 @@ class DeformableConv2d(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         offset = self.offset(x)
         dtype = torch.promote_types(offset.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            inputs = (tensor.to(dtype) for tensor in (x, offset, self.weight, self.bias))
-            return deform_conv2d(*inputs, stride=self.stride).to(offset.dtype)
+        inputs = (tensor.to(dtype) for tensor in (x, offset, self.weight, self.bias))
+        return deform_conv2d(*inputs, stride=self.stride).to(offset.dtype)
 
 
 @register_flop_formula(torch.ops.torchvision.deform_conv2d)
