@@ -188,7 +188,8 @@ WAITS = {
         3: "rank 3 waited for rank 1 to announce request 0",
     },
     (2, "before"): {
-        0: "rank 0 waited for rank 2 to take request 0",
+        # The first message or a later one: what was sent before the loss shows may be on its way.
+        0: "rank 0 waited for rank 2 to take ",
         3: "rank 3 waited for rank 2 to sum the output of layer 0",
     },
     (1, "during"): {
