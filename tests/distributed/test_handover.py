@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 from types import SimpleNamespace
@@ -189,7 +190,7 @@ WAITS = {
     },
     (2, "before"): {
         # The first message or a later one: what was sent before the loss shows may be on its way.
-        0: "rank 0 waited for rank 2 to take ",
+        0: r"rank 0 waited for rank 2 to take (layer \d of )?request 0;",
         3: "rank 3 waited for rank 2 to sum the output of layer 0",
     },
     (1, "during"): {
@@ -213,10 +214,9 @@ def test_a_killed_rank_ends_in_an_error_on_every_other(victim, moment, models, t
     for rank, report in enumerate(reports):
         if rank != victim:
             assert report["text"].startswith(f"rank {rank} waited for rank "), report
-            # Within the timeout; the rest is for machines whose cores are busy with other things.
-            assert report["seconds"] < timeout + 5
+            assert report["seconds"] < timeout + 2
     for rank, text in WAITS[victim, moment].items():
-        assert text in reports[rank]["text"]
+        assert re.match(text, reports[rank]["text"]), reports[rank]["text"]
 
 
 @pytest.mark.parametrize(

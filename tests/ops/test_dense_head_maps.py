@@ -132,7 +132,8 @@ def test_attention_with_a_fixed_map_passes_gradcheck():
     [
         ({"queries": 37, "keys": 70}, {}),
         ({"queries": 37, "keys": 70, "head_dim": 24, "value_dim": 16}, {"is_causal": True}),
-        ({"queries": 21, "keys": 5}, {"is_causal": True, "scale": 0.3}),
+        ({"queries": 21, "keys": 5}, {"is_causal": True, "scale": -0.3}),
+        ({"queries": 5, "keys": 21}, {"is_causal": True, "scale": 0.0}),
     ],
 )
 def test_the_kernel_is_as_accurate_as_eager(sizes, options, dtype, device):

@@ -42,8 +42,6 @@ def reasons(
             found.append(f"{name} is given (the kernel knows is_causal only)")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         found.append("an input needs a gradient (the kernel has no backward)")
-    if scale <= 0:
-        found.append(f"scale is {scale} (the kernel needs a positive one)")
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         found.append(f"query is {str(query.dtype).removeprefix('torch.')}")
     for name, tensor in (("query", query), ("value", value)):

@@ -93,6 +93,9 @@ def forward(query, key, value, key_map, value_map, is_causal, scale, with_lse, c
     """Returns out and the natural log-sums; the latter have no element without `with_lse`."""
     batch, heads, num_queries, head_dim = query.shape
     value_dim = value.shape[3]
+    if scale <= 0:
+        # The loop over keys takes the maximum before it scales, which needs a positive factor.
+        query, scale = (-query, -scale) if scale < 0 else (torch.zeros_like(query), 1.0)
     query, key, value = map(rows_contiguous, (query, key, value))
     out = query.new_empty((batch, num_queries, heads, value_dim)).transpose(1, 2)
     lse = query.new_empty((batch, heads, num_queries) if with_lse else (0,), dtype=torch.float32)
