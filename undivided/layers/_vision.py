@@ -14,10 +14,27 @@ import torch.nn.functional as F
 from torch import nn
 
 Size = tuple[int, int]
-Layer = TypeVar("Layer", bound="VisionAttention")
+Layer = TypeVar("Layer", bound="ConfiguredAsClass")
 
 
-class VisionAttention(nn.Module):
+class ConfiguredAsClass(nn.Module):
+    """A layer that can be handed over as a class, with its options set."""
+
+    @classmethod
+    def with_options(cls: type[Layer], **options: Any) -> type[Layer]:
+        """Returns a subclass with other defaults, for places that take a class, such as timm's `attn_layer`."""
+
+        class Configured(cls):  # type: ignore[valid-type, misc]
+            __doc__ = cls.__doc__
+
+            def __init__(self, *arguments: Any, **given: Any) -> None:
+                super().__init__(*arguments, **{**options, **given})
+
+        Configured.__name__ = Configured.__qualname__ = cls.__name__
+        return Configured
+
+
+class VisionAttention(ConfiguredAsClass):
     """Base of attention layers of image tokens; it checks the constructor's words that all have in common.
 
     Args:
@@ -48,19 +65,6 @@ class VisionAttention(nn.Module):
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.scale = self.head_dim**-0.5
-
-    @classmethod
-    def with_options(cls: type[Layer], **options: Any) -> type[Layer]:
-        """Returns a subclass with other defaults, for places that take a class, such as timm's `attn_layer`."""
-
-        class Configured(cls):  # type: ignore[valid-type, misc]
-            __doc__ = cls.__doc__
-
-            def __init__(self, *arguments: Any, **given: Any) -> None:
-                super().__init__(*arguments, **{**options, **given})
-
-        Configured.__name__ = Configured.__qualname__ = cls.__name__
-        return Configured
 
     def refuse_mask(self, attn_mask: torch.Tensor | None, is_causal: bool) -> None:
         """Raises a ValueError if timm's block asks for a mask, which layers of whole images do not take."""

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from undivided.layers._vision import ConfiguredAsClass
 from undivided.layers.head_maps import uniform_head_map
 from undivided.ops import dense_attention
+from undivided.ops.dense.head_maps import heads_by_map
 
 if TYPE_CHECKING:
     from undivided.layers.rotary import PositionEmbeddings
     from undivided.spec import AttentionSpec
 
 
-class VisionGQA(nn.Module):
+class VisionGQA(ConfiguredAsClass):
     """Grouped-query attention of image tokens: `y = concat_h(softmax(scale * q_h k_g(h)^T) v_g(h)) W_O`.
 
     It takes the place of `timm.layers.Attention`: the same first arguments, no mask, no positions. Heads are read by
@@ -89,19 +91,6 @@ class VisionGQA(nn.Module):
         self.proj = nn.Linear(num_heads * self.head_dim, dim, bias=proj_bias, **options)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    @classmethod
-    def with_options(cls, **options: Any) -> type[VisionGQA]:
-        """Returns a subclass with other defaults, for places that take a class, such as timm's `attn_layer`."""
-
-        class Configured(cls):  # type: ignore[valid-type, misc]
-            __doc__ = cls.__doc__
-
-            def __init__(self, *arguments: Any, **given: Any) -> None:
-                super().__init__(*arguments, **{**options, **given})
-
-        Configured.__name__ = Configured.__qualname__ = cls.__name__
-        return Configured
-
     def forward(
         self,
         x: torch.Tensor,
@@ -159,7 +148,6 @@ class VisionGQA(nn.Module):
         if head_map is None:
             head_map = uniform_head_map(self.num_heads, self.num_key_value_heads).to(key.device)
         if head_map.dim() == 2:
-            index = head_map[:, :, None, None].expand(-1, -1, *key.shape[2:])
-            key, value = key.gather(1, index), value.gather(1, index)
+            key, value = (heads_by_map(heads, head_map) for heads in (key, value))
             head_map = torch.arange(self.num_heads, device=key.device)
         return {"query": query, "key": key, "value": value, "head_map": head_map}
