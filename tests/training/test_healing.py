@@ -13,9 +13,9 @@ import torch
 
 from tests.tiny import tiny_llama
 from undivided.convert.transmla import convert_transmla
+from undivided.models.bases import attention_layers
 from undivided.training import Recipe, heal
 from undivided.training.healing import read_log
-from undivided.training.trainers import attention_layers
 
 RECIPE = Recipe(tokens=1920, batch_size=4, learning_rate=3e-3, evaluations=2, checkpoints=3)
 

@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from undivided.layers._base import CausalAttention
 from undivided.layers.latent import LatentAttention
-from undivided.models.bases import check_supported
+from undivided.models.bases import attention_layers, check_supported
 
 PAGED = ("mla", "gla", "tpla")
 STATIC = ("gqa",)
-
-
-def attention_layers(model: Any) -> list[nn.Module]:
-    """Returns the attention module of every layer."""
-    return [layer.self_attn for layer in model.get_decoder().layers]
 
 
 def has_latent_layers(model: Any) -> bool:

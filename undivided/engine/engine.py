@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from undivided.engine._support import attention_layers, check_model
+from undivided.engine._support import check_model
 from undivided.engine.cache import EngineCache
 from undivided.engine.prefill import prefill_groups, read_prompts
 from undivided.engine.sampling import Sampling
 from undivided.engine.scheduler import Request, Scheduler, batch_bucket
 from undivided.engine.step import DecodeStep
 from undivided.engine.text import TextStream
+from undivided.models.bases import attention_layers
 
 
 @dataclass(frozen=True)

@@ -21,3 +21,8 @@ def check_supported(config: Any) -> None:
     raise ValueError(
         f'model_type "{config.model_type}" is not supported: {reason}. Supported: {", ".join(SUPPORTED)}.'
     )
+
+
+def attention_layers(model: Any) -> list[Any]:
+    """Returns the attention module of every layer of a language model, native or exchanged."""
+    return [layer.self_attn for layer in model.get_decoder().layers]

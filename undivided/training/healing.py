@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from undivided.training.trainers import DistillationTrainer, LayerwiseTrainer, attention_layers
+from undivided.models.bases import attention_layers
+from undivided.training.trainers import DistillationTrainer, LayerwiseTrainer
 
 STAGES = ("layers", "logits")
 LOG = "log.jsonl"

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
+from undivided.models.bases import attention_layers
 from undivided.training.losses import distillation_loss, feature_loss
 
 
@@ -131,11 +132,6 @@ class LayerwiseTrainer(_TaughtTrainer):
         ]
         loss = torch.stack(errors).mean()
         return (loss, {"loss": loss}) if return_outputs else loss
-
-
-def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Returns the attention module of every layer of a native or a converted language model."""
-    return [layer.self_attn for layer in model.get_decoder().layers]
 
 
 @contextmanager
