@@ -45,6 +45,9 @@ def test_options_belong_to_the_target_or_the_one_before_it() -> None:
         check_options("mla", {"wheels": 4})
     with pytest.raises(ValueError, match='to="gqa" needs num_key_value_heads'):
         check_options("gqa", {"pool": "mean"})
+    for options in ({}, {"num_query_heads": 2, "keep_heads": [0, 1]}):
+        with pytest.raises(ValueError, match='to="sqa" needs num_query_heads or keep_heads'):
+            check_options("sqa", options)
     with pytest.raises(ValueError, match="num_shards=3 does not divide latent_dim=16"):
         check_options("tpla", {"latent_dim": 16, "num_shards": 3})
 

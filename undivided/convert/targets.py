@@ -71,6 +71,11 @@ def _check_tpla(options: Mapping[str, Any]) -> None:
         check_options({options["latent_dim"]}, **own)
 
 
+def _check_sqa(options: Mapping[str, Any]) -> None:
+    if ("num_query_heads" in options) == ("keep_heads" in options):
+        raise ValueError('to="sqa" needs num_query_heads or keep_heads, and one of the two alone.')
+
+
 _KEY_HEADS = Option(int, "Key and value heads.")
 _POOL = Option(str, "A new key head is the mean, or the first, of a run of old ones [mean].")
 
@@ -133,6 +138,7 @@ TARGETS: dict[str, Target] = {
             ),
             "refit": Option(bool, "Fit the output projection to the outputs of all heads."),
         },
+        check=_check_sqa,
     ),
     "moh": Target(
         "a router that picks heads for each token, from multi-head or grouped-query attention",
