@@ -162,6 +162,11 @@ def test_short_prompts_are_read_together_and_long_ones_alone() -> None:
         ),
         (tiny_llama, {"max_batch": 0}, "max_batch=0 must be at least 1"),
         (
+            tiny_llama,
+            {"backend": "reference", "cuda_graphs": True},
+            'cuda_graphs=True cannot hold the steps of backend="reference"',
+        ),
+        (
             lambda: tiny_llama(attn_implementation="flex_attention"),
             {},
             'attn_implementation="flex_attention" takes no mask of static keys',
@@ -201,6 +206,9 @@ def test_a_graph_of_the_step_writes_what_the_step_writes(kind) -> None:
             for graphs in (True, False)
         ]
         assert found[0] == found[1]
+    if kind == "mla":
+        # It reads on the host, so its steps are no graphs.
+        assert tokens(Engine(model, **SMALL, backend="reference"), max_new_tokens=12)
 
 
 @pytest.mark.parametrize("kind", ["tpla", "hybrid"])

@@ -103,14 +103,11 @@ def stack_rows(quick: bool) -> Iterator[Row]:
     release()
 
 
-def transmla_rows(quick: bool) -> Iterator[Row]:
-    """Yields the throughputs of TransMLA: LLaMA-2-7B's shapes, then the demo model in the engine."""
-    yield from llama_rows(40 * 10**9)
+def engine_rows() -> Iterator[Row]:
+    """Yields the demo model's tokens and throughput in the engine."""
     study = demo_engine_study()
     yield from token_rows(study)
     yield from rate_rows(study)
-    if not quick:
-        yield from llama_rows(card_memory())
 
 
 def llama_rows(memory: int) -> Iterator[Row]:

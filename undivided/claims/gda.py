@@ -54,11 +54,21 @@ def _attention_times(device: str, quick: bool) -> Iterator[Row]:
 
 
 def _layer_times(device: str, quick: bool) -> Iterator[Row]:
-    """Yields times of the whole layer, of training and of a step of decoding, on a GPU."""
+    """Yields times of the whole layer, on a GPU."""
     if device == "cuda":
         for length in _LENGTHS[:1] if quick else _LENGTHS:
             yield from _layer(length)
+
+
+def _training_times(device: str, quick: bool) -> Iterator[Row]:
+    """Yields times of attention forward and backward, on a GPU."""
+    if device == "cuda":
         yield from _training(4096 if quick else 8192)
+
+
+def _decode_times(device: str, quick: bool) -> Iterator[Row]:
+    """Yields times of a step of decoding, on a GPU."""
+    if device == "cuda":
         yield from _decode(32768)
 
 
@@ -308,6 +318,8 @@ def _decode(keys: int) -> Iterator[Row]:
 _PARTS: dict[str, Measure] = {
     "attention": _attention_times,
     "layer": _layer_times,
+    "training": _training_times,
+    "decode": _decode_times,
     "quality": quality,
     "recall": recall,
 }

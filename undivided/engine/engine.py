@@ -88,11 +88,13 @@ class Engine:
         prefill_tokens: tokens that a prefill reads at a time; longer prompts are read in chunks, unless a layer reads
             its prompt exactly (`prefill="exact"`), which needs it whole.
         backend: of the latent attention while decoding: "auto", "gluon", "triton", "sdpa" or "reference".
-        cuda_graphs: default, where the model is on CUDA.
+        cuda_graphs: whether a decoding step is one CUDA graph; by default, where the model is on CUDA and the
+            backend is not "reference", whose steps wait for the device.
         compile: whether `torch.compile` fuses the decoding step; takes its time once a batch size.
 
     Raises:
-        ValueError: a size is not positive, or the model has something that the engine does not compute.
+        ValueError: a size is not positive, the model has something that the engine does not compute, or
+            `cuda_graphs` is asked of the reference backend.
     """
 
     def __init__(
@@ -119,6 +121,10 @@ class Engine:
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}={size} must be at least 1.")
+        if cuda_graphs and backend == "reference":
+            raise ValueError(
+                'cuda_graphs=True cannot hold the steps of backend="reference", which wait for the device; use "auto".'
+            )
         check_model(model, max_tokens)
         self.model = model
         self.tokenizer = tokenizer
@@ -136,7 +142,7 @@ class Engine:
             model,
             self.cache,
             backend=backend,
-            cuda_graphs=on_cuda if cuda_graphs is None else cuda_graphs,
+            cuda_graphs=on_cuda and backend != "reference" if cuda_graphs is None else cuda_graphs,
             compile=compile,
         )
         self._eos = _eos_tokens(model)
