@@ -205,7 +205,7 @@ SYSTEMS: tuple[System, ...] = (
         "X-EcoMLA: Upcycling Pre-Trained Attention into MLA for Efficient and Extreme KV Compression",
         2025, "2503.11132", "latent",
         "Converts a trained model to MLA by weight SVD and heals it by distillation.",
-        ("undivided.convert.x_ecomla",),
+        ("undivided.convert.x_ecomla", "undivided.layers.mla"), "partial", "official",
     ),
     System(
         16, "rcmha", "RCMHA",
@@ -306,7 +306,7 @@ SYSTEMS: tuple[System, ...] = (
         "Attention Editing: A Versatile Framework for Cross-Architecture Attention Conversion",
         2026, "2604.05688", "training",
         "Replaces the attention of a trained LLM by any other through staged distillation.",
-        ("undivided.convert.attention_editing",),
+        ("undivided.convert.attention_editing", "undivided.layers.gate_swa"), "partial", "reconstruction",
     ),
     System(
         31, "vhr", "VHR",

@@ -53,7 +53,7 @@ def test_options_belong_to_the_target_or_the_one_before_it() -> None:
 
 
 def test_names_what_there_is() -> None:
-    with pytest.raises(ValueError, match=r"target='rope' is not one of .*'mla', .*'tpla'\."):
+    with pytest.raises(ValueError, match=r"target='rope' is not one of .*'mla', .*'tpla'"):
         converter("rope")
     with pytest.raises(AttributeError, match="no attribute 'convert_all'"):
         convert.convert_all  # noqa: B018

@@ -22,6 +22,7 @@ from undivided.cli._help import PanelCommand
 VERBS: dict[str, str] = {
     "convert": "Convert a checkpoint to another attention.",
     "heal": "Train a converted checkpoint on what its source gives.",
+    "prefer": "Train a checkpoint on which of two answers is liked.",
     "generate": "Generate text with a checkpoint.",
     "evaluate": "Measure a checkpoint's perplexity and cache.",
     "plan": "Predict cache bytes, FLOPs and time of attention choices.",

@@ -8,6 +8,8 @@ from typing import Any
 
 # attention of the result -> the function that makes it.
 CONVERTERS: dict[str, str] = {
+    "edit-gate-swa": "undivided.convert.attention_editing:convert_edit_gate_swa",
+    "edit-mla": "undivided.convert.attention_editing:convert_edit_mla",
     "gda-grow": "undivided.convert.gda_grow:convert_gda_grow",
     "gqa": "undivided.convert.kdgqa:mha_to_gqa",
     "kdgqa": "undivided.convert.kdgqa:convert_kdgqa",
@@ -15,6 +17,7 @@ CONVERTERS: dict[str, str] = {
     "moh": "undivided.convert.moh:convert_moh",
     "sqa": "undivided.convert.sqa:convert_sqa",
     "tpla": "undivided.convert.tpla:convert_tpla",
+    "x-ecomla": "undivided.convert.x_ecomla:convert_x_ecomla",
 }
 
 _EXPORTS = {path.split(":")[1]: path for path in CONVERTERS.values()} | {
@@ -26,12 +29,15 @@ __all__ = [
     "CONVERTERS",
     "Report",
     "convert_checkpoint",
+    "convert_edit_gate_swa",
+    "convert_edit_mla",
     "convert_gda_grow",
     "convert_kdgqa",
     "convert_moh",
     "convert_sqa",
     "convert_tpla",
     "convert_transmla",
+    "convert_x_ecomla",
     "converter",
     "mha_to_gqa",
 ]

@@ -63,6 +63,18 @@ def _heads(given: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+def _layers(given: str) -> list[int]:
+    parts = given.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise ValueError(f"--layers {given} is no list of layers; write it as 0,1,4.")
+    return [int(part) for part in parts]
+
+
+def _check_x_ecomla(options: Mapping[str, Any]) -> None:
+    if ("latent_dim" in options) == ("latent_energy" in options):
+        raise ValueError('to="x-ecomla" needs latent_dim or latent_energy, and one of the two alone.')
+
+
 def _check_tpla(options: Mapping[str, Any]) -> None:
     from undivided.convert.tpla import check_options
 
@@ -77,15 +89,21 @@ def _check_sqa(options: Mapping[str, Any]) -> None:
 
 
 _KEY_HEADS = Option(int, "Key and value heads.")
+_LAYERS = Option(str, "Layers to replace, such as 0,1,4 [all].", read=_layers)
+_LATENT_DIM = Option(int, "Width of the latent [mla: 512].")
+_QUERY_LATENT_DIM = Option(
+    int, "Width of a latent for the queries [mla: none; x-ecomla: as many weights as before]."
+)
+_ROPE_DIM = Option(int, "Dimensions that keep their rotary positions [mla: 64; x-ecomla: half of a head's].")
 _POOL = Option(str, "A new key head is the mean, or the first, of a run of old ones [mean].")
 
 TARGETS: dict[str, Target] = {
     "mla": Target(
         "latent attention by TransMLA, from grouped-query attention",
         {
-            "latent_dim": Option(int, "Width of the latent [512]."),
-            "rope_dim": Option(int, "Dimensions that keep their rotary positions [64]."),
-            "query_latent_dim": Option(int, "Width of a latent for the queries [none]."),
+            "latent_dim": _LATENT_DIM,
+            "rope_dim": _ROPE_DIM,
+            "query_latent_dim": _QUERY_LATENT_DIM,
             "freqfold": Option(
                 str, "Rotary frequencies folded into one: auto or a number [auto].", read=_freqfold
             ),
@@ -153,6 +171,67 @@ TARGETS: dict[str, Target] = {
         },
         required=("shared_heads", "top_k"),
         calibrates=False,
+    ),
+    "x-ecomla": Target(
+        "latent attention by SVD of the weights, to be healed, from multi-head or grouped-query attention",
+        {
+            "latent_dim": _LATENT_DIM,
+            "latent_energy": Option(float, "In place of a width the share that each layer's latent keeps."),
+            "query_latent_dim": _QUERY_LATENT_DIM,
+            "query_energy": Option(float, "In place of a width the share that the queries' latent keeps."),
+            "rope_dim": _ROPE_DIM,
+            "layers": _LAYERS,
+            "init": Option(str, "svd, or random: new weights, to compare with [svd]."),
+            "variant": Option(str, "paper or released: how a share becomes a width [paper]."),
+        },
+        calibrates=False,
+        check=_check_x_ecomla,
+    ),
+    "edit-mla": Target(
+        "latent attention with new weights, to be healed layer by layer and as a whole",
+        {
+            "latent_dim": _LATENT_DIM,
+            "query_latent_dim": _QUERY_LATENT_DIM,
+            "rope_dim": _ROPE_DIM,
+            "layers": _LAYERS,
+        },
+        required=("latent_dim",),
+        calibrates=False,
+    ),
+    "edit-gate-swa": Target(
+        "sliding windows with an output gate in most layers, to be healed",
+        {
+            "window": Option(int, "Tokens that a query of a windowed layer sees."),
+            "full_every": Option(int, "One of so many layers keeps the whole text; 0 for none [6]."),
+            "gate": Option(str, "elementwise or head [elementwise]."),
+            "sinks": Option(int, "First tokens of a text that every query sees besides [0]."),
+        },
+        required=("window",),
+        calibrates=False,
+    ),
+    "core_context": Target(
+        "core tokens for the far past, to be healed, from multi-head or grouped-query attention",
+        {
+            "group_size": Option(int, "Tokens of a core token [16]."),
+            "window": Option(int, "Fewest tokens that are read one by one [1024]."),
+            "pooling": Option(str, "Of a group: cca, mean or max [cca]."),
+            "core_heads": Option(str, "A core token for each query head, query, or key head, kv [query]."),
+            "rope": Option(str, "Keys are pooled after their rotation, post, or before it, pre [post]."),
+            "core_logit_bias": Option(float, "Added to the scores of core tokens [0]."),
+        },
+        calibrates=False,
+    ),
+    "dhsa": Target(
+        "long prompts read in part, from multi-head or grouped-query attention",
+        {
+            "mode": Option(str, "chunks, or blocks of keys: topk, a, vs or vsb [chunks]."),
+            "budget": Option(int, "Keys that a block of queries reads, of chunks [1024]."),
+            "query_block": Option(int, "Queries of a block [128]."),
+            "boundaries": Option(str, "Of chunks: predicted, by what calibration teaches, or fixed [predicted]."),
+            "share": Option(str, "What layers share: none, boundaries or selection [boundaries]."),
+            "density": Option(float, "Share of the blocks of keys that is read, of blocks [0.125]."),
+            "epochs": Option(int, "How often the boundary predictor reads the calibration [2]."),
+        },
     ),
     "gda-grow": Target(
         "a larger model, from grouped differential attention",

@@ -7,18 +7,34 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from undivided.training.healing import Recipe, heal
     from undivided.training.losses import distillation_loss, feature_loss
+    from undivided.training.preference import PreferencePair, PreferenceRecipe, dpo_loss, prefer
     from undivided.training.trainers import DistillationTrainer, LayerwiseTrainer
 
 _HOME = {
     "DistillationTrainer": "trainers",
     "LayerwiseTrainer": "trainers",
+    "PreferencePair": "preference",
+    "PreferenceRecipe": "preference",
     "Recipe": "healing",
     "distillation_loss": "losses",
+    "dpo_loss": "preference",
     "feature_loss": "losses",
     "heal": "healing",
+    "prefer": "preference",
 }
 
-__all__ = ["DistillationTrainer", "LayerwiseTrainer", "Recipe", "distillation_loss", "feature_loss", "heal"]
+__all__ = [
+    "DistillationTrainer",
+    "LayerwiseTrainer",
+    "PreferencePair",
+    "PreferenceRecipe",
+    "Recipe",
+    "distillation_loss",
+    "dpo_loss",
+    "feature_loss",
+    "heal",
+    "prefer",
+]
 
 
 def __getattr__(name: str) -> object:

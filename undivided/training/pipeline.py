@@ -1,4 +1,4 @@
-"""A converted checkpoint in, the healed one out: what `undivided heal` does."""
+"""A checkpoint in, the trained one out: what `undivided heal` and `undivided prefer` do."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from undivided.models.checkpoint import (
 )
 from undivided.models.evaluation import perplexity
 from undivided.training.healing import LOG, Recipe, heal, read_log
+from undivided.training.preference import PreferenceRecipe, prefer, read_pairs
 
 FIGURE = "healing.png"
 
@@ -106,6 +107,58 @@ def heal_checkpoint(
         }
         say(f"writing {out}")
         save_checkpoint(student.model, student.tokenizer, out, report, files=files, overwrite=overwrite)
+    return report
+
+
+def prefer_checkpoint(
+    src: str | Path,
+    out: str | Path,
+    pairs: str | Path,
+    recipe: PreferenceRecipe,
+    *,
+    heldout: str | Path | None = None,
+    length: int = 1024,
+    device: str = "cpu",
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda sentence: None,
+) -> dict[str, Any]:
+    """Trains a checkpoint on pairs of answers and writes it; a killed run goes on from its last checkpoint.
+
+    Args:
+        src: checkpoint folder; the model as it is there is the reference.
+        out: folder to be written.
+        pairs: file of pairs, as `read_pairs` takes it.
+        recipe: how to train.
+        heldout: file of pairs to judge by; by default the last tenth of `pairs`, which is then not trained on.
+        length: most tokens of prompt and answer.
+        device: where to train.
+        overwrite: replace an existing checkpoint at `out`.
+        say: called with a sentence from time to time.
+
+    Returns:
+        The report, as written to `conversion.json`: that of `src`, with `preferences` beside it.
+
+    Raises:
+        ValueError: an argument, the checkpoint or a file does not fit; the sentence says which and what would.
+        OSError: the target cannot be written.
+    """
+    prepare_target(out, overwrite=overwrite)
+    checkpoint = open_checkpoint(src, device=device, progress=say)
+    known = read_pairs(pairs, checkpoint.tokenizer, length)
+    if heldout is not None:
+        judged = read_pairs(heldout, checkpoint.tokenizer, length)
+    else:
+        cut = max(len(known) // 10, 1)
+        known, judged = (known[:-cut], known[-cut:]) if len(known) > 1 else (known, known)
+    content = [Path(file).read_bytes() for file in (pairs, heldout) if file is not None]
+    key = [checkpoint.fingerprint(), hashlib.sha256(b"\n".join(content)).hexdigest(), length, asdict(recipe)]
+    with WorkFolder(out) as work:
+        folder = work.path / f"preferences-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
+        found = prefer(checkpoint.model, known, folder, recipe, heldout=judged, say=say)
+        report = _read_report(checkpoint.path)
+        report["preferences"] = {"recipe": asdict(recipe), "pairs": len(known), "judged": found}
+        say(f"writing {out}")
+        save_checkpoint(checkpoint.model, checkpoint.tokenizer, out, report, overwrite=overwrite)
     return report
 
 
