@@ -121,7 +121,7 @@ SYSTEMS: tuple[System, ...] = (
         "DHA: Learning Decoupled-Head Attention from Transformer Checkpoints via Adaptive Heads Fusion",
         2024, "2406.06567", "heads",
         "Fuses similar key heads and value heads, per layer, to shrink a trained model's cache.",
-        ("undivided.layers.dha", "undivided.convert.dha"),
+        ("undivided.layers.dha", "undivided.convert.dha", "undivided.training.fusion"), "partial", "reconstruction",
     ),
     System(
         4, "gna", "GNA",

@@ -21,6 +21,7 @@ _LATENT = {"latent_dim": 16, "rope_dim": 4, "nope_dim": 8, "value_dim": 6, "rope
 OPTIONS: dict[str, dict[str, Any]] = {
     "gqa": {},
     "sqa": {"num_query_heads": 2, "window": 5},
+    "dha": {"key_head_map": [0, 0, 1, 0], "value_head_map": [2, 1, 0, 1]},
     "gate_swa": {"window": 4, "sinks": 2},
     "kdgqa": {"head_map": [0, 1, 1, 1]},
     "mla": _LATENT,

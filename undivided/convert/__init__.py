@@ -8,6 +8,7 @@ from typing import Any
 
 # attention of the result -> the function that makes it.
 CONVERTERS: dict[str, str] = {
+    "dha": "undivided.convert.dha:convert_dha",
     "edit-gate-swa": "undivided.convert.attention_editing:convert_edit_gate_swa",
     "edit-mla": "undivided.convert.attention_editing:convert_edit_mla",
     "gda-grow": "undivided.convert.gda_grow:convert_gda_grow",
@@ -29,6 +30,7 @@ __all__ = [
     "CONVERTERS",
     "Report",
     "convert_checkpoint",
+    "convert_dha",
     "convert_edit_gate_swa",
     "convert_edit_mla",
     "convert_gda_grow",

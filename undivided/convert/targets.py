@@ -187,6 +187,17 @@ TARGETS: dict[str, Target] = {
         calibrates=False,
         check=_check_x_ecomla,
     ),
+    "dha": Target(
+        "key and value heads fused in groups of their own, from multi-head or grouped-query attention",
+        {
+            "head_budget": Option(float, "Share of all key and value heads that stays [0.25]."),
+            "search_steps": Option(int, "Training steps that find out how many heads a layer needs [30]."),
+            "fusion_steps": Option(int, "Training steps that fuse; 0 takes means of heads [200]."),
+            "learning_rate": Option(float, "Of the model's weights in these [1e-4]."),
+            "batch_size": Option(int, "Samples of the calibration a step [8]."),
+            "fusion_loss": Option(str, "operator or weight: what is pulled together [operator]."),
+        },
+    ),
     "edit-mla": Target(
         "latent attention with new weights, to be healed layer by layer and as a whole",
         {

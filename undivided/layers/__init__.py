@@ -17,6 +17,7 @@ CAUSAL_MECHANISMS: dict[str, str] = {
     "gda_v2": "undivided.layers.gda_v2:GDAttentionV2",
     "gdla": "undivided.layers.gdla:GDLAttention",
     "kdgqa": "undivided.layers.kdgqa:KDGQAttention",
+    "dha": "undivided.layers.dha:DecoupledHeadAttention",
     "moh": "undivided.layers.moh:MoHAttention",
     "cca": "undivided.layers.cca:CCAttention",
     "mla": "undivided.layers.mla:MLAttention",

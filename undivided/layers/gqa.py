@@ -89,10 +89,20 @@ class GQAttention(CausalAttention):
         check_arguments(self.mechanism, **kwargs)
         query, key, value = self.heads(hidden_states, position_embeddings)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-            key, value = filled_keys(attention_mask, past_key_values, self.layer_idx, key, value)
+            key, value = self.cached(key, value, past_key_values, attention_mask)
         out = self.attend(query, key, value, additive_or_boolean(attention_mask, key.shape[2]))
         return self.o_proj(out.transpose(1, 2).flatten(2)), None
+
+    def cached(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        past_key_values: Any,
+        attention_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Returns keys and values behind those that a cache has, which keeps them."""
+        key, value = past_key_values.update(key, value, self.layer_idx)
+        return filled_keys(attention_mask, past_key_values, self.layer_idx, key, value)
 
     def heads(
         self, hidden_states: torch.Tensor, position_embeddings: PositionEmbeddings | None
