@@ -151,7 +151,8 @@ SYSTEMS: tuple[System, ...] = (
         "Modalities",
         2024, "2401.11143", "mixer",
         "Re-weights the features of a frozen encoder by learned Gaussian densities of their values.",
-        ("undivided.layers.gaam",),
+        ("undivided.layers.gaam", "undivided.ops.gaussian", "undivided.models.gat", "undivided.inspect.gaam"),
+        "partial", "official",
     ),
     System(
         8, "agla", "AGLA",

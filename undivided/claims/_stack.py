@@ -349,8 +349,10 @@ def static_throughput(shape: Shape, keys: int, memory: int, device: str) -> tupl
     query = torch.randn(batch, stack.attentions[0].q_proj.out_features, device=device, dtype=DTYPE)
     query = query.view(batch, -1, 1, stack.attentions[0].head_dim)
     kernels = [SDPBackend.FLASH_ATTENTION]
+    grouped = cache.layers[0][0].shape[1] != query.shape[1]
     if device == "cuda":
-        kernels += [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+        # The memory-efficient kernel has no grouped heads.
+        kernels += [SDPBackend.CUDNN_ATTENTION, *([] if grouped else [SDPBackend.EFFICIENT_ATTENTION])]
 
     def within(kernel: SDPBackend, function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         def run() -> torch.Tensor:
@@ -360,7 +362,7 @@ def static_throughput(shape: Shape, keys: int, memory: int, device: str) -> tupl
         return run
 
     def attend() -> torch.Tensor:
-        return nn.functional.scaled_dot_product_attention(query, *cache.layers[0])
+        return nn.functional.scaled_dot_product_attention(query, *cache.layers[0], enable_gqa=grouped)
 
     with torch.no_grad():
         rivals = {kernel.name: within(kernel, attend) for kernel in kernels}

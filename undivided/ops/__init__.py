@@ -9,6 +9,7 @@ from undivided.ops import (
     conv,
     dense,
     differential,
+    gaussian,
     grouped,
     latent_append,
     latent_decode,
@@ -24,6 +25,7 @@ from undivided.ops._backends import Backend
 from undivided.ops.conv import convolved_heads
 from undivided.ops.dense import dense_attention
 from undivided.ops.differential import differential_attention
+from undivided.ops.gaussian import gaussian_gate
 from undivided.ops.grouped import grouped_attention
 from undivided.ops.latent_append import append_latent
 from undivided.ops.latent_decode import latent_attention
@@ -43,6 +45,7 @@ OPS: dict[str, tuple[Backend, ...]] = {
     "differential_attention": differential.BACKENDS,
     "convolved_heads": conv.BACKENDS,
     "routed_attention": routed.BACKENDS,
+    "gaussian_gate": gaussian.BACKENDS,
     "grouped_attention": grouped.BACKENDS,
     "neighborhood_attention": neighborhood.BACKENDS,
     "linear_attention": linear.BACKENDS,
@@ -62,6 +65,7 @@ __all__ = [
     "differential_attention",
     "gated_positional_attention",
     "gated_scan",
+    "gaussian_gate",
     "grouped_attention",
     "latent_attention",
     "linear_attention",
