@@ -213,7 +213,7 @@ SYSTEMS: tuple[System, ...] = (
         "RCMHA: Relative Convolutional Multi-Head Attention for Natural Language Modelling",
         2023, "2308.03429", "mixer",
         "Adds short causal convolutions to relative-position attention in a recurrent-memory model.",
-        ("undivided.layers.rcmha", "undivided.models.rcmha"),
+        ("undivided.layers.rcmha", "undivided.models.transformer_xl", "undivided.ops.relative"), "partial", "official",
     ),
     System(
         17, "transmla", "TransMLA", "TransMLA: Multi-head Latent Attention Is All You Need",

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 CAUSAL_MECHANISMS: dict[str, str] = {
     "gqa": "undivided.layers.gqa:GQAttention",
     "sqa": "undivided.layers.sqa:SQAttention",
+    "rcmha": "undivided.layers.rcmha:RelativeConvAttention",
     "gaam": "undivided.layers.gaam:GaussianGQAttention",
     "gate_swa": "undivided.layers.gate_swa:GateSWAttention",
     "gda": "undivided.layers.gda:GDAttention",

@@ -17,6 +17,7 @@ from undivided.ops import (
     merge,
     neighborhood,
     positional,
+    relative,
     routed,
     scan,
     transport,
@@ -33,6 +34,7 @@ from undivided.ops.linear import linear_attention
 from undivided.ops.merge import merge_attention
 from undivided.ops.neighborhood import neighborhood_attention
 from undivided.ops.positional import gated_positional_attention
+from undivided.ops.relative import relative_attention
 from undivided.ops.routed import routed_attention
 from undivided.ops.scan import gated_scan
 from undivided.ops.transport import column_attention, sinkhorn_attention
@@ -44,6 +46,7 @@ OPS: dict[str, tuple[Backend, ...]] = {
     "append_latent": latent_append.BACKENDS,
     "differential_attention": differential.BACKENDS,
     "convolved_heads": conv.BACKENDS,
+    "relative_attention": relative.BACKENDS,
     "routed_attention": routed.BACKENDS,
     "gaussian_gate": gaussian.BACKENDS,
     "grouped_attention": grouped.BACKENDS,
@@ -71,6 +74,7 @@ __all__ = [
     "linear_attention",
     "merge_attention",
     "neighborhood_attention",
+    "relative_attention",
     "routed_attention",
     "sinkhorn_attention",
 ]
