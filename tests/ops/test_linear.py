@@ -402,7 +402,7 @@ def test_compiles_whole():
         (dict(key=torch.ones(2, 3, 6, 4, dtype=torch.float64)), ValueError, "key has head_dim 4, but query has 8"),
         (dict(key=torch.ones(2, 1, 6, 8, dtype=torch.float64)), ValueError, r"must share \[batch, heads\]"),
         (dict(query=torch.ones(3, 6, 8, dtype=torch.float64)), ValueError, "query has shape .* needs 4 axes"),
-        (dict(backend="triton"), ValueError, 'backend=\'triton\' is not one of "auto", "composed", "reference"'),
+        (dict(backend="flex"), ValueError, 'backend=\'flex\' is not one of "auto", "triton", "composed"'),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_with_a_sentence(change, error, message):

@@ -255,6 +255,53 @@ def test_keys_that_all_queries_see_merge_by_log_sum_exp():
     mask = torch.cat([problem.mask(CPU), torch.ones(63, 3, dtype=torch.bool)], 1)
     both = [torch.cat([x[name].flatten(2, -2), text[name]], 2) for name in ("key", "value")]
     torch.testing.assert_close(merged, dense_attention(query, *both, attn_mask=mask), **EXACT)
+    direct = call(problem, "auto", additional_key=text["key"], additional_value=text["value"])(**x)
+    torch.testing.assert_close(direct.flatten(2, 3), merged, **EXACT)
+
+
+def test_gradients_with_additional_keys_are_those_of_one_softmax():
+    problem = PROBLEMS["line"]
+    x = [t.requires_grad_() for t in inputs(problem, batch=1, heads=2).values()]
+    text = [torch.randn(1, 2, 3, width, dtype=torch.float64, requires_grad=True) for width in (8, 6)]
+    out, lse = call(problem, "composed", additional_key=text[0], additional_value=text[1], return_lse=True)(
+        **dict(zip(("query", "key", "value"), x, strict=True))
+    )
+    mask = torch.cat([problem.mask(CPU), torch.ones(13, 3, dtype=torch.bool)], 1)
+    both = [torch.cat([x[1], text[0]], 2), torch.cat([x[2], text[1]], 2)]
+    want, want_lse = dense_attention(x[0], *both, attn_mask=mask, return_lse=True)
+    torch.testing.assert_close((out, lse), (want, want_lse), **EXACT)
+    cotangents = torch.randn_like(out), torch.randn_like(lse)
+    ours, theirs = (
+        torch.autograd.grad(found, [*x, *text], cotangents) for found in ((out, lse), (want, want_lse))
+    )
+    for own, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own, other, **EXACT)
+
+
+def test_a_relative_bias_is_added_by_the_distance_of_key_and_query():
+    problem = PROBLEMS["map with all"]
+    x = inputs(problem, heads=2, key_heads=2)
+    bias = torch.randn(2, *(2 * w - 1 for w in problem.kernel_size), dtype=torch.float64)
+    out, lse = call(problem, "reference", relative_bias=bias, return_lse=True)(**x)
+    tokens = list(itertools.product(*map(range, problem.size)))
+    mask = problem.mask(CPU)
+    for token in (0, 40, 98):
+        seen = mask[token].nonzero()[:, 0].tolist()
+        places = [
+            [
+                k // d - q // d + w - 1
+                for k, q, d, w in zip(
+                    tokens[j], tokens[token], problem.dilation, problem.kernel_size, strict=True
+                )
+            ]
+            for j in seen
+        ]
+        added = torch.stack([bias[(slice(None), *place)] for place in places], -1)
+        query, key = x["query"].flatten(2, 3)[:, :, token], x["key"].flatten(2, 3)[:, :, seen]
+        logits = torch.einsum("bhd,bhkd->bhk", query, key) * 8**-0.5 + added
+        torch.testing.assert_close(lse.flatten(2)[:, :, token], logits.logsumexp(-1), **EXACT)
+        want = torch.einsum("bhk,bhkd->bhd", logits.softmax(-1), x["value"].flatten(2, 3)[:, :, seen])
+        torch.testing.assert_close(out.flatten(2, 3)[:, :, token], want, **EXACT)
 
 
 # -- FlexAttention: its blocks, and its mask without the kernel
@@ -388,7 +435,7 @@ def test_a_sample_does_not_depend_on_its_batch_mates():
 def test_one_graph_under_torch_compile():
     problem = PROBLEMS["map with all"]
     x = inputs(problem, dtype=torch.float32)
-    compiled = torch.compile(call(problem, "auto"), backend="eager", fullgraph=True)
+    compiled = torch.compile(call(problem, "auto"), backend="eager", fullgraph=True, dynamic=False)
     torch.testing.assert_close(compiled(**x), call(problem, "auto")(**x))
 
 
@@ -425,10 +472,25 @@ def test_flex_attention_on_the_gpu_is_as_accurate_as_the_reference(problem):
         ({"kernel_size": 3.0}, "kernel_size=3.0 must be a whole number, or one an axis"),
         ({"kernel_size": True}, "kernel_size=True must be a whole number"),
         ({"kernel_size": 3, "is_causal": 1}, "is_causal=1 must be True or False, or one an axis"),
-        ({"kernel_size": 3, "backend": "fast"}, '"auto", "flex", "composed", "reference"'),
+        (
+            {"kernel_size": 3, "backend": "fast"},
+            '"auto", "triton", "flex", "gemm", "composed", "reference", "naive"',
+        ),
+        (
+            {"kernel_size": 3, "relative_bias": torch.zeros(2, 5, 4)},
+            r"relative_bias has shape \[2, 5, 4\]; for 2 heads and kernel_size=\(3, 3\) it must be \[2, 5, 5\]",
+        ),
+        (
+            {"kernel_size": 3, "relative_bias": torch.zeros(2, 5, 5), "backend": "composed"},
+            'backend "composed" cannot run this: relative_bias is given',
+        ),
+        (
+            {"kernel_size": 3, "additional_key": torch.zeros(1, 2, 3, 4)},
+            "additional_value is None, but the other is given; give both",
+        ),
         (
             {"kernel_size": 3, "backend": "flex", "return_lse": True},
-            'backend "flex" cannot run this: query is on cpu and return_lse is True .* Able: "composed", "reference"',
+            'backend "flex" cannot run this: query is on cpu and return_lse is True .* Able: .*"composed"',
         ),
     ],
 )

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from undivided.ops import gated_positional_attention
 from undivided.ops.positional import axis_weights
-from undivided.testing import compare_op, poison_surroundings
+from undivided.testing import compare_op, poison_surroundings, poisoned_empty
 
+# Triton's interpreter multiplies bfloat16 wrongly.
+HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 SIZES = [(5, 5), (7, 7), (14, 14), (3, 6), (1, 4), (4, 1), (1, 1)]
 every_size = pytest.mark.parametrize("size", SIZES, ids=str)
@@ -90,6 +93,110 @@ def test_outputs_and_gradients_are_as_accurate_as_the_direct_form(size, dtype):
     )
 
 
+# Maps that one block of keys holds and that it does not, wide and high, down to one token.
+@pytest.mark.parametrize("size", [(5, 5), (14, 14), (3, 20), (20, 3), (1, 4), (1, 1)], ids=str)
+def test_the_kernel_is_as_accurate_as_the_direct_form(size, device):
+    batch, heads = (2, 3) if size[0] * size[1] < 50 else (1, 2)
+    x = {name: tensor.to(device) for name, tensor in inputs(size, batch, heads, 24, 16).items()}
+    compare_op(call(size, "triton"), in_the_dtype_given(size), call(size, "reference"), x, HALF)
+
+
+def test_the_kernel_in_float32(device):
+    size = (3, 6)
+    x = {name: tensor.to(device) for name, tensor in inputs(size, 1, 4).items()}
+    compare_op(call(size, "triton"), in_the_dtype_given(size), call(size, "reference"), x, torch.float32)
+
+
+def test_the_kernel_that_holds_no_map_whole_is_as_accurate(device):
+    from undivided.ops.positional.triton import FORWARD_LONG, forward
+
+    size = (14, 14)
+    x = {name: tensor.to(device) for name, tensor in inputs(size, 1, 2).items()}
+
+    def in_blocks(**x):
+        return forward(**x, height=14, width=14, scale=8**-0.5, with_lse=False, tiling=FORWARD_LONG)[0]
+
+    with torch.no_grad():
+        compare_op(in_blocks, in_the_dtype_given(size), call(size, "reference"), x, HALF, grad_inputs=())
+
+
+@pytest.mark.parametrize("strength", [0.0, 50.0])
+def test_the_kernel_bears_weights_of_any_sharpness(strength, device):
+    """As a layer starts, with the sharpest that an exact convolution needs; and none, where all places are alike."""
+    size, x = (4, 3), {name: tensor.to(device) for name, tensor in inputs((4, 3), 1, 9).items()}
+    taps = torch.tensor([[2.0 * dx, 2.0 * dy, -1.0] for dx in (-1, 0, 1) for dy in (-1, 0, 1)])
+    x["position_weight"] = (strength * taps).double().to(device)
+    compare_op(call(size, "triton"), in_the_dtype_given(size), call(size, "reference"), x, HALF)
+
+
+def test_without_gradients_the_kernel_gives_the_same(device):
+    x = {name: tensor.to(device, HALF) for name, tensor in inputs((5, 5)).items()}
+    with_gradients = {name: tensor.clone().requires_grad_() for name, tensor in x.items()}
+    torch.testing.assert_close(call((5, 5), "triton")(**x), call((5, 5), "triton")(**with_gradients))
+
+
+def test_a_layers_projections_need_no_copy(device):
+    """Queries, keys and values as slices of one projection, and an output that the next one reads as it lies."""
+    joined = torch.randn(2, 15, 3, 4, 8, device=device, dtype=HALF)
+    query, key, value = joined.permute(2, 0, 3, 1, 4).unbind(0)
+    weight, gate = torch.randn(4, 3, device=device), torch.rand(4, device=device)
+    out = gated_positional_attention(query, key, value, weight, gate, (3, 5), backend="triton")
+    assert out.transpose(1, 2).is_contiguous()
+    copies = [tensor.contiguous() for tensor in (query, key, value)]
+    torch.testing.assert_close(
+        out, gated_positional_attention(*copies, weight, gate, (3, 5), backend="triton")
+    )
+
+
+def test_the_kernel_writes_all_of_fresh_buffers_and_reads_nothing_else(device):
+    x = {name: tensor.to(device, HALF) for name, tensor in inputs((5, 7), dim=24, value_dim=24).items()}
+
+    def run(tensors):
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+        out = call((5, 7), "triton")(**leaves)
+        return [out, *torch.autograd.grad(out.square().sum(), list(leaves.values()))]
+
+    expected = run(x)
+    with poisoned_empty():
+        found = run({name: poison_surroundings(tensor) for name, tensor in x.items()})
+    for ours, want in zip(found, expected, strict=True):
+        assert torch.equal(ours, want)
+
+
+def test_opcheck(device):
+    x = {name: tensor.to(device, HALF) for name, tensor in inputs((3, 5)).items()}
+    arguments = (*x.values(), 3, 5, 0.3)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.undivided.gated_positional_inference, arguments, test_utils=tests)
+    torch.library.opcheck(torch.ops.undivided.gated_positional_forward, arguments, test_utils=tests)
+    out, lse = torch.ops.undivided.gated_positional_forward(*arguments)
+    arguments = (torch.randn_like(out), lse, *arguments)
+    torch.library.opcheck(torch.ops.undivided.gated_positional_backward, arguments, test_utils=tests)
+
+
+COMPILES = """
+import torch
+from tests.ops.ahead_of_time import compile_only, name_and_shared
+
+compile_only(name_and_shared)
+from undivided.ops.positional import backward, triton as forward
+
+weight, gate = torch.empty(9, 3), torch.empty(9)
+joined = torch.empty(1, 196, 3, 9, 48, dtype=torch.bfloat16)
+inputs = (*joined.permute(2, 0, 3, 1, 4).unbind(0), weight, gate, 14, 14, 0.1)
+out, lse = forward.forward(*inputs)
+backward.backward(out, lse, *inputs)
+"""
+
+
+def test_every_kernel_compiles_for_hopper_and_fits_its_shared_memory(run_python):
+    lines = [line.split() for line in run_python(COMPILES).stdout.splitlines()]
+    assert {name for name, _ in lines} == {"_forward_kernel", "_query_kernel", "_key_kernel"}
+    for name, shared in lines:
+        # Two programs fit on a multiprocessor.
+        assert int(shared) <= 113 * 1024, name
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 def test_gradients_are_those_of_finite_differences(backend):
     x = {name: tensor.requires_grad_() for name, tensor in inputs((4, 4), 1, 2, 3, 3).items()}
@@ -114,14 +221,16 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "sdpa", "reference"])
 def test_no_tensor_of_all_pairs_exists_forward_or_backward(backend):
     size, tokens = (12, 16), 192
-    x = {name: tensor.float().requires_grad_() for name, tensor in inputs(size, 2, 3, 4, 4).items()}
-    with Largest() as largest:
-        call(size, backend)(**x).square().sum().backward()
+    # Shapes alone, which opcheck holds against those of the kernels.
+    with FakeTensorMode():
+        x = {name: tensor.half().requires_grad_() for name, tensor in inputs(size, 2, 3, 4, 4).items()}
+        with Largest() as largest:
+            call(size, backend)(**x).sum().backward()
     # Queries, keys and values have 2 * 3 * 192 * 4 elements; the weights of one head alone have 192 * 192.
-    assert (largest.elements < tokens**2) == (backend == "sdpa")
+    assert (largest.elements < tokens**2) == (backend != "reference")
 
 
 def test_component_0_belongs_to_columns_and_1_to_rows():
@@ -149,10 +258,15 @@ def test_an_image_does_not_depend_on_its_batch_mates_nor_on_what_surrounds_it(ba
         torch.testing.assert_close(call((3, 5), backend)(**one)[0], together[index], **EXACT)
 
 
-def test_one_graph_under_torch_compile():
-    x = inputs((3, 5))
-    run = torch.compile(call((3, 5), "auto"), backend="eager", fullgraph=True)
-    torch.testing.assert_close(run(**x), call((3, 5), "auto")(**x), **EXACT)
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+def test_one_graph_under_torch_compile(backend, device):
+    x = {name: tensor.to(device, HALF).requires_grad_() for name, tensor in inputs((3, 5)).items()}
+    run = torch.compile(call((3, 5), backend), backend="aot_eager", fullgraph=True)
+    found, want = run(**x), call((3, 5), backend)(**x)
+    torch.testing.assert_close(found, want)
+    of = lambda out: torch.autograd.grad(out.float().square().sum(), list(x.values()))  # noqa: E731
+    for ours, theirs in zip(of(found), of(want), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(
@@ -175,5 +289,11 @@ def test_a_tensor_that_does_not_fit_is_named(name, tensor, error, text):
 def test_a_map_or_a_backend_that_does_not_fit_is_named():
     with pytest.raises(ValueError, match=r"size=\(3, 4\) has 12 tokens, but query has 15"):
         call((3, 4), "auto")(**inputs((3, 5)))
-    with pytest.raises(ValueError, match='backend=\'triton\' is not one of "auto", "sdpa", "reference"'):
-        call((3, 5), "triton")(**inputs((3, 5)))
+    with pytest.raises(
+        ValueError, match='backend=\'flex\' is not one of "auto", "triton", "sdpa", "reference"'
+    ):
+        call((3, 5), "flex")(**inputs((3, 5)))
+    with pytest.raises(ValueError, match="query is float64; the width of the map is 130.*Able: .*reference"):
+        call((1, 130), "triton")(**inputs((1, 130)))
+    with pytest.raises(ValueError, match=r"the last axis of value is 144 \(at most 128\)"):
+        call((2, 2), "triton")(**inputs((2, 2), value_dim=144))

@@ -6,10 +6,48 @@ import torch
 
 from undivided.ops import _rules
 from undivided.ops._backends import Backend, select
-from undivided.ops.linear import composed, reference
+from undivided.ops._triton import availability, interprets
+from undivided.ops.linear import autograd, composed, reference
 from undivided.ops.linear.features import FEATURE_MAPS
 
+# Of the kernels, by the bytes of an element: a wider buffer does not fit in registers.
+_MAX_WIDTH = {2: 128, 4: 64}
+
+
+def _triton(**arguments):
+    """Kernels in Triton, forward; gradients are those of "composed"."""
+    return autograd.attend(**arguments)
+
+
+def _triton_reasons(
+    query, key, value, feature_map, key_weight, scale, cos, sin, token_mask, local, modulation, normalize, eps
+) -> list[str]:
+    found = availability()
+    if found:
+        return found
+    if isinstance(key_weight, torch.Tensor):
+        found.append('key_weight is a tensor (the kernels know "context" and None)')
+    if token_mask is not None:
+        found.append("token_mask is given")
+    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return [*found, f"query is {str(query.dtype).removeprefix('torch.')}"]
+    widest = _MAX_WIDTH[query.element_size()]
+    for name, tensor in (("query", query), ("value", value)):
+        if tensor.shape[3] > widest:
+            found.append(f"the last axis of {name} is {tensor.shape[3]} (at most {widest})")
+    if query.shape[3] % 2:
+        found.append(f"head_dim is {query.shape[3]} (the kernels need pairs of channels)")
+    if query.numel() == 0 or value.numel() == 0:
+        found.append("query or value is empty")
+    if query.device.type != "cuda" and not interprets():
+        found.append(f"query is on {query.device.type}")
+    elif query.device.type != "cuda" and query.dtype == torch.bfloat16:
+        found.append("query is bfloat16 (Triton's interpreter multiplies it wrongly)")
+    return found
+
+
 BACKENDS = (
+    Backend("triton", _triton, _triton_reasons, availability, automatic=("cuda",)),
     Backend("composed", composed.attend, composed.reasons),
     Backend("reference", reference.attend, reference.reasons),
 )
@@ -59,7 +97,8 @@ def linear_attention(
         modulation: g, `[batch, heads, queries, value_dim]`; default none.
         normalize: whether to divide.
         eps: beside the denominator, which is a mean over keys, not a sum.
-        backend: "auto", "composed" (linear in the number of tokens) or "reference" (all pairs).
+        backend: "auto", "triton" (a GPU; one read of each tensor in the forward), "composed" (linear in the number of
+            tokens) or "reference" (all pairs).
 
     Returns:
         `[batch, heads, queries, value_dim]` of the dtype of `query`. All sums are in float32, also under autocast

@@ -20,6 +20,15 @@ def feature(x: torch.Tensor, name: str) -> torch.Tensor:
     return F.relu(x) if name == "relu" else x
 
 
+def feature_slope(x: torch.Tensor, name: str) -> torch.Tensor:
+    """Returns the derivative of phi at x."""
+    if name == "elu1":
+        return x.clamp(max=0).exp()
+    if name == "softplus":
+        return torch.sigmoid(x)
+    return (x > 0).to(x.dtype) if name == "relu" else torch.ones_like(x)
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
     """Returns `x` `[..., tokens, dim]` with channels (2p, 2p + 1) of each token rotated by the angle of pair p."""
     if cos is None or sin is None:
@@ -58,10 +67,12 @@ def parts(query, key, value, feature_map, key_weight, scale, token_mask):
 
 def context_share(query, key, scale, token_mask, count):
     """Returns `softmax_j(scale * mean_i q_i . k_j)` of features q and k over the tokens that count."""
+    queries = query.shape[2]
     if token_mask is not None:
         query = query.masked_fill(~token_mask[:, None, :, None], 0.0)
-        count = count[..., None]
-    mean = query.sum(-2, keepdim=True) / count
+        # With a mask there are as many queries as keys.
+        queries = count[..., None]
+    mean = query.sum(-2, keepdim=True) / queries
     logits = (scale * mean @ key.transpose(-2, -1)).squeeze(-2)
     if token_mask is None:
         return torch.softmax(logits, dim=-1)

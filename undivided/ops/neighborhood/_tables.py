@@ -183,6 +183,52 @@ class Neighborhood:
         return seen
 
 
+def check_bias(bias: torch.Tensor, heads: int, neighborhood: Neighborhood, query: torch.Tensor) -> None:
+    """Raises unless a relative bias fits the heads and the windows, and is on the device of the query."""
+    shape = (heads, *(2 * kernel - 1 for kernel in neighborhood.kernel_size))
+    if tuple(bias.shape) != shape:
+        raise ValueError(
+            f"relative_bias has shape {list(bias.shape)}; for {heads} heads and kernel_size="
+            f"{neighborhood.kernel_size} it must be {list(shape)}."
+        )
+    if bias.device != query.device:
+        raise ValueError(
+            f"relative_bias is on {bias.device}, but query is on {query.device}; use one device."
+        )
+
+
+def window_bias(bias: torch.Tensor, neighborhood: Neighborhood) -> torch.Tensor:
+    """Returns the relative bias of each key of each window, `[heads, *size, w]`, the keys of a window row-major."""
+    offsets = []
+    for axis in neighborhood.axes:
+        start, _ = axis.windows(axis.length, bias.device)
+        index = torch.arange(axis.length, device=bias.device) // axis.dilation
+        offsets.append((start - index)[:, None] + torch.arange(axis.kernel_size, device=bias.device))
+    return _by_offsets(bias, offsets, neighborhood).flatten(1 + len(offsets))
+
+
+def pair_bias(bias: torch.Tensor, neighborhood: Neighborhood) -> torch.Tensor:
+    """Returns the relative bias of all pairs, `[heads, tokens, tokens]`; any entry where a window holds no such key."""
+    offsets = []
+    for axis in neighborhood.axes:
+        index = torch.arange(axis.length, device=bias.device) // axis.dilation
+        offsets.append(index - index[:, None])
+    return _by_offsets(bias, offsets, neighborhood).flatten(1 + len(offsets)).flatten(1, len(offsets))
+
+
+def _by_offsets(
+    bias: torch.Tensor, offsets: Sequence[torch.Tensor], neighborhood: Neighborhood
+) -> torch.Tensor:
+    """Looks a relative bias up at offsets `[rows_a, columns_a]` of each axis: `[heads, *rows, *columns]`."""
+    axes = len(offsets)
+    places = []
+    for axis, (offset, kernel) in enumerate(zip(offsets, neighborhood.kernel_size, strict=True)):
+        shape = [1] * (2 * axes)
+        shape[axis], shape[axes + axis] = offset.shape
+        places.append((offset + kernel - 1).clamp(0, 2 * kernel - 2).view(shape))
+    return bias[(slice(None), *places)]
+
+
 def per_axis(
     name: str, value: Number | Sequence[Number], axes: int, kind: type[Number]
 ) -> tuple[Number, ...]:

@@ -19,11 +19,11 @@ _LEAST_TILE = 32
 _CHUNK = 2**24
 
 
-def reasons(**arguments: object) -> list[str]:
-    return []
+def reasons(relative_bias=None, **arguments: object) -> list[str]:
+    return [] if relative_bias is None else ["relative_bias is given"]
 
 
-def attend(query, key, value, neighborhood, scale, return_lse):
+def attend(query, key, value, neighborhood, scale, return_lse, relative_bias=None):
     axes, size, dilation = neighborhood.axes, neighborhood.size, neighborhood.dilation
     batch, heads, key_heads = query.shape[0], query.shape[1], key.shape[1]
     group = heads // key_heads

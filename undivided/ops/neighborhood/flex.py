@@ -14,8 +14,8 @@ from undivided.ops.neighborhood.permute import padded_size, permute_tokens, unpe
 _TILE = 128
 
 
-def reasons(query, key, value, neighborhood, scale, return_lse) -> list[str]:
-    found = []
+def reasons(query, key, value, neighborhood, scale, return_lse, relative_bias=None) -> list[str]:
+    found = [] if relative_bias is None else ["relative_bias is given"]
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     if query.device.type == "cpu" and needs_grad:
         found.append("query is on cpu and needs a gradient (FlexAttention has no backward there)")
@@ -38,7 +38,7 @@ def _compiled():
     return torch.compile(flex_attention, dynamic=False)
 
 
-def attend(query, key, value, neighborhood, scale, return_lse):
+def attend(query, key, value, neighborhood, scale, return_lse, relative_bias=None):
     from torch.nn.attention.flex_attention import AuxRequest
 
     size, dilation = neighborhood.size, neighborhood.dilation

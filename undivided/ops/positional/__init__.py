@@ -6,10 +6,37 @@ import torch
 
 from undivided.ops import _rules
 from undivided.ops._backends import Backend, select
-from undivided.ops.positional import reference, separable
+from undivided.ops._triton import availability, interprets
+from undivided.ops.positional import autograd, reference, separable
 from undivided.ops.positional.separable import axis_weights
 
+
+def _triton(**arguments):
+    """Kernels in Triton, forward and backward, which mix both kinds of weights before they meet the values."""
+    return autograd.attend(**arguments)
+
+
+def _triton_reasons(query, key, value, position_weight, gate, size, scale) -> list[str]:
+    found = availability()
+    if found:
+        return found
+    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        found.append(f"query is {str(query.dtype).removeprefix('torch.')}")
+    for name, tensor in (("query", query), ("value", value)):
+        if tensor.shape[3] > 128:
+            found.append(f"the last axis of {name} is {tensor.shape[3]} (at most 128)")
+    for name, length in zip(("height", "width"), size, strict=True):
+        if not 1 <= length <= 128:
+            found.append(f"the {name} of the map is {length} (from 1 to 128)")
+    if query.device.type != "cuda" and not interprets():
+        found.append(f"query is on {query.device.type}")
+    elif query.device.type != "cuda" and query.dtype == torch.bfloat16:
+        found.append("query is bfloat16 (Triton's interpreter multiplies it wrongly)")
+    return found
+
+
 BACKENDS = (
+    Backend("triton", _triton, _triton_reasons, availability, automatic=("cuda",)),
     Backend("sdpa", separable.attend, separable.reasons),
     Backend("reference", reference.attend, reference.reasons),
 )
@@ -32,7 +59,9 @@ def gated_positional_attention(
     `r_ij = (dx, dy, dx^2 + dy^2)` and `(dx, dy) = position(j) - position(i)`, in tokens of a map.
 
     The weights by position are a Kronecker product of one matrix over rows and one over columns, since `w . r_ij` is a
-    sum of a term of each axis: "sdpa" applies these two and makes no tensor of all pairs of tokens.
+    sum of a term of each axis, and no tensor of all pairs of tokens is made. "sdpa" applies these two to the values,
+    one after the other, beside torch's fused attention; "triton" multiplies them inside the kernel that computes the
+    weights by content, so that queries, keys and values are read once.
 
     Args:
         query, key: `[batch, heads, height * width, head_dim]`, tokens in row-major order.
@@ -41,7 +70,7 @@ def gated_positional_attention(
         gate: g, the part that positions have, `[heads]`, from 0 to 1.
         size: `(height, width)` of the map.
         scale: factor of the products; default `head_dim ** -0.5`.
-        backend: "auto", "sdpa" or "reference".
+        backend: "auto", "triton", "sdpa" or "reference".
 
     Returns:
         `[batch, heads, height * width, value_dim]`, of the dtype of `query`.

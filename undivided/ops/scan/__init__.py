@@ -7,9 +7,46 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from undivided.ops import _rules
 from undivided.ops._backends import Backend, select
-from undivided.ops.scan import chunked, reference
+from undivided.ops._triton import availability, interprets
+from undivided.ops.scan import autograd, chunked, reference
+
+# Of the kernels: wider states do not fit in registers.
+_MAX_WIDTH = 64
+
+
+def _triton(query, key, value, log_gate, reverse_log_gate, scale, initial_state, return_state):
+    """Kernels in Triton, forward and backward, of both directions in one launch."""
+    return autograd.scan(query, key, value, log_gate, reverse_log_gate, scale), None
+
+
+def _triton_reasons(
+    query, key, value, log_gate, reverse_log_gate, scale, initial_state, return_state
+) -> list[str]:
+    found = availability()
+    if found:
+        return found
+    for name, given in (("initial_state", initial_state is not None), ("return_state", return_state)):
+        if given:
+            found.append(f"{name} is given (the kernels start from zeros and keep no state)")
+    if query.numel() == 0 or value.numel() == 0:
+        found.append("query or value is empty")
+    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        found.append(f"query is {str(query.dtype).removeprefix('torch.')}")
+    for name, tensor in (("query", query), ("value", value)):
+        if tensor.shape[3] > _MAX_WIDTH:
+            found.append(f"the last axis of {name} is {tensor.shape[3]} (at most {_MAX_WIDTH})")
+    for name, tensor in (("log_gate", log_gate), ("reverse_log_gate", reverse_log_gate)):
+        if tensor is not None and tensor.dtype == torch.float64:
+            found.append(f"{name} is float64")
+    if query.device.type != "cuda" and not interprets():
+        found.append(f"query is on {query.device.type}")
+    elif query.device.type != "cuda" and query.dtype == torch.bfloat16:
+        found.append("query is bfloat16 (Triton's interpreter multiplies it wrongly)")
+    return found
+
 
 BACKENDS = (
+    Backend("triton", _triton, _triton_reasons, availability, automatic=("cuda",)),
     Backend("chunked", chunked.scan, chunked.reasons),
     Backend("reference", reference.scan, reference.reasons),
 )
@@ -49,7 +86,7 @@ def gated_scan(
         scale: factor of the products; default `head_dim ** -0.5`.
         initial_state: state before the first token, `[batch, heads, head_dim, value_dim]`; default zeros.
         return_state: also return the state after the last token.
-        backend: "auto", "chunked" (matrix products) or "reference".
+        backend: "auto", "triton" (a GPU; widths to 64, no states), "chunked" (matrix products) or "reference".
 
     Returns:
         `[batch, heads, length, value_dim]` of the dtype of `query`; with `return_state` also the state, float32 or
@@ -102,6 +139,7 @@ def gated_scan(
         "reverse_log_gate": reverse_log_gate,
         "scale": query.shape[3] ** -0.5 if scale is None else scale,
         "initial_state": initial_state,
+        "return_state": return_state,
     }
     out, state = select("gated_scan", BACKENDS, backend, query.device, arguments).run(**arguments)
     return (out, state) if return_state else out

@@ -11,7 +11,7 @@ def reasons(**arguments: object) -> list[str]:
     return []
 
 
-def scan(query, key, value, log_gate, reverse_log_gate, scale, initial_state):
+def scan(query, key, value, log_gate, reverse_log_gate, scale, initial_state, return_state=False):
     return in_both_directions(_forwards, query, key, value, log_gate, reverse_log_gate, scale, initial_state)
 
 

@@ -1,0 +1,57 @@
+"""The torch operator around the Triton kernel, with a fake."""
+
+from __future__ import annotations
+
+import torch
+
+from undivided.ops._triton import availability, interprets
+
+torch.library.define(
+    "undivided::gathered_forward",
+    "(Tensor query, Tensor key, Tensor value, Tensor indices, Tensor counts, int block_size, bool is_causal, "
+    "int? window, float scale, float? softcap) -> (Tensor, Tensor)",
+)
+
+
+@torch.library.impl("undivided::gathered_forward", "default")
+def _forward(*arguments):
+    from undivided.ops.gathered import triton
+
+    return triton.forward(*arguments)
+
+
+@torch.library.register_fake("undivided::gathered_forward")
+def _forward_fake(query, key, value, *arguments):
+    batch, heads, num_queries, _ = query.shape
+    out = query.new_empty((batch, num_queries, heads, value.shape[3])).transpose(1, 2)
+    return out, query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def reasons(
+    query, key, value, indices, block_size, is_causal, window, scale, softcap, return_lse
+) -> list[str]:
+    found = availability()
+    if found:
+        return found
+    if query.device.type != "cuda" and not interprets():
+        return [f"query is on {query.device.type}"]
+    found = []
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        found.append("a gradient is wanted")
+    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        found.append(f"query is {query.dtype} (needs float32, float16 or bfloat16)")
+    for name, width in (("head_dim", query.shape[3]), ("value_dim", value.shape[3])):
+        if width > 256:
+            found.append(f"{name} is {width} (needs at most 256)")
+    return found
+
+
+def attend(query, key, value, indices, block_size, is_causal, window, scale, softcap, return_lse):
+    """A kernel in Triton: rows are loaded from where the list says."""
+    # What is behind the last listed place of any row is not read.
+    listed = indices >= 0
+    place = torch.arange(1, indices.shape[3] + 1, device=indices.device, dtype=torch.int32)
+    counts = (listed * place).amax(dim=-1).to(torch.int32)
+    return torch.ops.undivided.gathered_forward(
+        query, key, value, indices, counts, int(block_size), bool(is_causal), window, float(scale), softcap
+    )

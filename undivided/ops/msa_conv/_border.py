@@ -1,0 +1,29 @@
+"""What the implementations of MSA-Conv share: where a tap of the kernel lies, and what it finds beyond the map."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+# Beyond the map: "zero" has keys and values of zeros, which stay in the softmax; "mask" has nothing; "circular" the
+# opposite border.
+BORDERS = ("zero", "mask", "circular")
+
+
+def offsets(kernel_size: tuple[int, int], dilation: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Yields the places of the taps from the query, row-major over the kernel."""
+    for row in range(kernel_size[0]):
+        for column in range(kernel_size[1]):
+            yield (row - kernel_size[0] // 2) * dilation[0], (column - kernel_size[1] // 2) * dilation[1]
+
+
+def inside(size: tuple[int, int], offset: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """Returns the boolean `[height, width]`: whether the tap of each query lies on the map."""
+    along = (
+        (torch.arange(length, device=device) + step >= 0)
+        & (torch.arange(length, device=device) + step < length)
+        for length, step in zip(size, offset, strict=True)
+    )
+    rows, columns = along
+    return rows[:, None] & columns[None, :]

@@ -1,0 +1,74 @@
+"""The torch operators around the Triton kernels: forward and backward with fakes, and the gradient between them."""
+
+from __future__ import annotations
+
+import torch
+
+_INPUTS = "Tensor query, Tensor key, Tensor value"
+_OPTIONS = "int[] kernel_size, int[] dilation, str border, float scale"
+torch.library.define("undivided::msa_conv_forward", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
+torch.library.define(
+    "undivided::msa_conv_backward",
+    f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("undivided::msa_conv_forward", "default")
+def _forward(*arguments):
+    from undivided.ops.msa_conv import triton
+
+    return triton.forward(*arguments)
+
+
+@torch.library.impl("undivided::msa_conv_backward", "default")
+def _backward(*arguments):
+    from undivided.ops.msa_conv import backward
+
+    return backward.backward(*arguments)
+
+
+def empty_like_tokens(x: torch.Tensor, width: int) -> torch.Tensor:
+    """An empty `[batch, heads, height, width of the map, width]` in which the heads of a token are side by side."""
+    batch, heads, rows, columns, _ = x.shape
+    return x.new_empty((batch, rows, columns, heads, width)).movedim(3, 1)
+
+
+@torch.library.register_fake("undivided::msa_conv_forward")
+def _forward_fake(query, key, value, *options):
+    return empty_like_tokens(query, value.shape[-1]), query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.register_fake("undivided::msa_conv_backward")
+def _backward_fake(dout, dlse, out, lse, query, key, value, *options):
+    return tuple(empty_like_tokens(x, x.shape[-1]) for x in (query, key, value))
+
+
+class _Attend(torch.autograd.Function):
+    """Out and log-sums, and the gradients of query, key and value from those of both."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, *options):
+        out, lse = torch.ops.undivided.msa_conv_forward(query, key, value, *options)
+        ctx.save_for_backward(out, lse, query, key, value)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        if dout is None:
+            if dlse is None:
+                return (None,) * (3 + len(ctx.options))
+            dout = torch.zeros_like(ctx.saved_tensors[0])
+        gradients = torch.ops.undivided.msa_conv_backward(dout, dlse, *ctx.saved_tensors, *ctx.options)
+        return *gradients, *(None for _ in ctx.options)
+
+
+def attend(query, key, value, kernel_size, dilation, border, scale, return_lse):
+    """Runs the fused kernels."""
+    options = (list(kernel_size), list(dilation), border, float(scale))
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        out, lse = _Attend.apply(query, key, value, *options)
+    else:
+        out, lse = torch.ops.undivided.msa_conv_forward(query, key, value, *options)
+    return (out, lse) if return_lse else out
