@@ -11,6 +11,7 @@ from tests.tiny import tiny_config
 from undivided.layers._streams import streaming_layer
 from undivided.layers.cca import CCAttention
 from undivided.layers.gqa import GQAttention
+from undivided.models.bases import cache_argument
 from undivided.models.causal_lm import UndividedForCausalLM
 from undivided.models.configuration import UndividedConfig
 
@@ -120,8 +121,8 @@ def test_its_cached_steps_are_those_of_zaya():
             None, None
         ]
         expected = theirs(
-            x[:, here], {"causal": causal, "conv": None}, past_key_values=their_cache,
-            position_embeddings=tuple(table[:, here] for table in cos_sin),
+            x[:, here], {"causal": causal, "conv": None},
+            position_embeddings=tuple(table[:, here] for table in cos_sin), **{cache_argument(): their_cache},
         )[0]  # fmt: skip
         found = ours(x[:, here], tuple(table[:, here] for table in whole), past_key_values=our_cache)[0]
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

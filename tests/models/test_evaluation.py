@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.tiny import MODEL_TYPES, tiny_llama, tiny_model, tiny_text, tiny_tokenizer
+from undivided.models.bases import cache_argument
 from undivided.models.evaluation import (
     cache_bytes,
     cache_bytes_per_token,
@@ -161,8 +162,8 @@ def test_decoding_has_only_the_cache_to_look_back(step: int) -> None:
     honest = decode_perplexity(model, TOKENIZER, TEXT, step=step, max_tokens=64)
 
     def forget(module, arguments, keywords):
-        if keywords.get("past_key_values") is not None:
-            for layer in keywords["past_key_values"].layers:
+        if keywords.get(cache_argument()) is not None:
+            for layer in keywords[cache_argument()].layers:
                 layer.values.zero_()
 
     handle = model.register_forward_pre_hook(forget, with_kwargs=True)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_model
+from undivided.models.bases import cache_argument, cache_of
 from undivided.spec import score_shares
 from undivided.spec.heads import (
     changed_loss,
@@ -122,5 +123,5 @@ def test_what_the_probe_does_not_compute_is_refused():
         capped(input_ids=tokens())
     model = tiny_llama()
     with torch.no_grad(), score_probe(model), pytest.raises(ValueError, match="needs whole texts, not steps"):
-        cache = model(input_ids=tokens(5), use_cache=True).past_key_values
-        model(input_ids=tokens(1), past_key_values=cache)
+        cache = cache_of(model(input_ids=tokens(5), use_cache=True))
+        model(input_ids=tokens(1), **{cache_argument(): cache})

@@ -132,7 +132,7 @@ class StepCache:
     def mask(self, dtype: torch.dtype) -> torch.Tensor:
         """Returns the additive mask `[places, 1, 1, max_tokens]` of the static layers, or an empty one.
 
-        Transformers (5.17 to 5.23) hands a 4-D mask on as it is. An idle place sees the row that it writes, so that
+        Transformers (5.17 to 5.24) hands a 4-D mask on as it is. An idle place sees the row that it writes, so that
         its softmax is not empty.
         """
         if not self.cache.has_static:
@@ -150,9 +150,12 @@ class StepCache:
         return PagedRows(pool, self.block_table, self.lengths, self.counts, self.filled, self.backend)
 
     def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, kwargs: dict[str, Any] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes one row a place into a layer's static keys and values, and returns all of them."""
+        """Writes one row a place into a layer's static keys and values, and returns all of them.
+
+        Since 5.24 transformers' layers also hand on `kwargs`, the other keywords they got; nothing here needs them.
+        """
         for static, new in zip(self.cache.static[layer_idx], (key, value), strict=True):
             static[self._place, :, self.lengths.long()] = new[:, :, 0]
         keys, values = self.cache.static[layer_idx]

@@ -10,6 +10,7 @@ import torch
 from undivided.engine.sampling import sample
 from undivided.engine.scheduler import Request
 from undivided.engine.step import DecodeStep
+from undivided.models.bases import cache_argument
 
 # The logits of a group are of every pair of a prompt and an end.
 _LARGEST_GROUP = 32
@@ -49,16 +50,17 @@ def read_prompts(model: Any, step: DecodeStep, group: Sequence[Request], chunk: 
     longest = max(lengths)
     ids = torch.tensor([r.prompt + [0] * (longest - len(r.prompt)) for r in group], device=device)
     prompts = DynamicCache()
+    held = {cache_argument(): prompts}
     starts = range(0, longest, chunk or longest)
     for start in starts[:-1]:
         part = ids[:, start : start + starts.step]
-        model(part, past_key_values=prompts, use_cache=True, logits_to_keep=1)
+        model(part, use_cache=True, logits_to_keep=1, **held)
     ends = sorted(set(lengths))
     logits = model(
         ids[:, starts[-1] :],
-        past_key_values=prompts,
         use_cache=True,
         logits_to_keep=torch.tensor(ends, device=device) - 1 - starts[-1],
+        **held,
     ).logits
     step.cache.store(group, prompts)
     last = logits[torch.arange(len(group)), [ends.index(length) for length in lengths]]

@@ -10,6 +10,7 @@ import torch
 from undivided.engine.cache import EngineCache, StepCache
 from undivided.engine.sampling import sample
 from undivided.engine.scheduler import Request
+from undivided.models.bases import cache_argument
 
 _MOST_COMPILATIONS = 256
 
@@ -34,6 +35,7 @@ class DecodeStep:
         self.model = model
         self.cache = cache
         self.backend = backend
+        self._cache_argument = cache_argument()
         self.cuda_graphs = cuda_graphs
         self._compiled = torch.compile(self._logits, dynamic=False) if compile else None
         device = cache.device
@@ -92,9 +94,9 @@ class DecodeStep:
             input_ids=self.tokens[:places, None],
             position_ids=view.lengths[:, None].long(),
             attention_mask=view.mask(self.model.dtype),
-            past_key_values=view,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_argument: view},
         )
         return out.logits[:, -1]
 

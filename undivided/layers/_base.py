@@ -22,8 +22,9 @@ class CausalAttention(nn.Module):
     A subclass names its mechanism, builds itself from a native config with `from_config`, and computes
     `forward(hidden_states [B, N, C], position_embeddings, attention_mask, past_key_values) -> ([B, N, C], None)`,
     the contract of the attention modules of transformers. What it caches it hands to
-    `past_key_values.update(keys, values, layer_idx)`. A layer with `has_auxiliary` returns, when training, losses in
-    place of None, name to scalar; `auxiliary_coefficients` has their factors in a model's loss.
+    `past_key_values.update(keys, values, layer_idx)`; a call may name it `cache`, as transformers 5.24 does. A layer
+    with `has_auxiliary` returns, when training, losses in place of None, name to scalar; `auxiliary_coefficients` has
+    their factors in a model's loss.
 
     A mechanism that can be written in the language of `undivided.spec` says so with `spec` and `spec_inputs`:
     `o_proj(merge_heads(interpret(layer.spec, layer.spec_inputs(x, tables)).out))` is then the output of a forward
@@ -80,6 +81,12 @@ class CausalAttention(nn.Module):
             )
         return cls(**arguments, layer_idx=layer_idx)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if "cache" in kwargs:
+            cache = one_cache(type(self).__name__, kwargs.pop("cache"), kwargs.get("past_key_values"))
+            kwargs["past_key_values"] = cache
+        return super().__call__(*args, **kwargs)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -116,6 +123,17 @@ class CausalAttention(nn.Module):
         raise NotImplementedError(
             f'mechanism "{self.mechanism}" is not written in the specification language.'
         )
+
+
+def one_cache(callee: str, cache: Any | None, past_key_values: Any | None) -> Any | None:
+    """Returns the cache of a call by either of its names: `cache` since transformers 5.24, `past_key_values` before.
+
+    Raises:
+        ValueError: it came by both.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError(f"{callee} got both cache and past_key_values, two names of one argument; give one.")
+    return past_key_values if cache is None else cache
 
 
 def check_arguments(layer: str, **kwargs: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 SUPPORTED: tuple[str, ...] = ("llama", "qwen2", "mistral", "gemma2", "deepseek_v2", "deepseek_v3")
@@ -26,3 +28,19 @@ def check_supported(config: Any) -> None:
 def attention_layers(model: Any) -> list[Any]:
     """Returns the attention module of every layer of a language model, native or exchanged."""
     return [layer.self_attn for layer in model.get_decoder().layers]
+
+
+@functools.cache
+def cache_argument() -> str:
+    """Returns what models of this transformers call their cache: "cache" since 5.24, "past_key_values" before.
+
+    `torch.compile` does not trace this function: what is compiled calls it beforehand.
+    """
+    from transformers.masking_utils import create_causal_mask
+
+    return "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+
+
+def cache_of(output: Any) -> Any:
+    """Returns the cache in the output of a model, native or host."""
+    return getattr(output, cache_argument())

@@ -9,8 +9,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 from undivided.layers import causal_attention
-from undivided.layers._base import CausalAttention
+from undivided.layers._base import CausalAttention, one_cache
 from undivided.models.auxiliary import AuxiliaryOutput, collected, mean_losses
+from undivided.models.bases import cache_argument
 from undivided.models.configuration import UndividedConfig
 
 
@@ -32,10 +33,11 @@ class UndividedForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
 
     def __init__(self, config: UndividedConfig) -> None:
         super().__init__(config)
+        self._cache_argument = cache_argument()
         self.native = AutoModelForCausalLM.from_config(config.base_config)
         self._no_split_modules = list(self.native._no_split_modules or [])
         for layer_idx, entry in enumerate(config.attention or []):
@@ -106,10 +108,12 @@ class UndividedForCausalLM(PreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Any | None = None,
         **kwargs: Any,
     ) -> Any:
         """Runs the base model; arguments and outputs are those of the native causal language model.
 
+        Its cache may be given as `past_key_values` or as `cache`, whatever transformers calls it.
         Where layers return losses beside their output, which they do when training, the output has `aux_losses`, name
         to mean over layers, and `aux_loss`, their weighted sum, which `loss` includes if there are labels. (With
         `return_dict=False` only the loss tells.)
@@ -118,13 +122,16 @@ class UndividedForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+        arguments[self._cache_argument] = one_cache(type(self).__name__, cache, past_key_values)
+        if any(getattr(layer, "shares_in_forward", False) for layer in self.attention_layers()):
+            # What one layer finds and others use, for this forward alone.
+            arguments["layer_memo"] = {}
         layers = [
             layer
             for layer in self.attention_layers()

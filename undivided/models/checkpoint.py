@@ -126,7 +126,7 @@ def save_checkpoint(
     """Writes model, tokenizer and the report of a conversion as one checkpoint folder, whole or not at all.
 
     The report goes to `conversion.json`, with the date and the versions of the libraries. It is not repeated
-    in the metadata of the safetensors files: `save_pretrained` (transformers 5.17 to 5.23) writes only its
+    in the metadata of the safetensors files: `save_pretrained` (transformers 5.17 to 5.24) writes only its
     own there.
 
     Args:

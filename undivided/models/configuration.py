@@ -27,7 +27,7 @@ class UndividedConfig(PreTrainedConfig):
 
     model_type = "undivided"
     sub_configs = {"base_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     base_config: dict | PreTrainedConfig | None = None
     attention: list | None = None

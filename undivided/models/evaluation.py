@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from undivided.data.text import token_blocks
+from undivided.models.bases import cache_argument, cache_of
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
@@ -148,7 +149,7 @@ def decode_perplexity(
         total += _nll(output.logits[0, -1:], ids[0, prefix : prefix + 1]).item()
         for start in progress(range(prefix, length - 1, step), "decoding"):
             stop = min(start + step, length - 1)
-            output = model(ids[:, start:stop], past_key_values=output.past_key_values, use_cache=True)
+            output = model(ids[:, start:stop], use_cache=True, **{cache_argument(): cache_of(output)})
             total += _nll(output.logits[0], ids[0, start + 1 : stop + 1]).item()
     return _evaluation(total, length - prefix)
 
@@ -280,7 +281,7 @@ def cache_bytes_per_token(model: PreTrainedModel) -> float:
     shorter = longer // 2
     ids = torch.arange(longer, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
     with _evaluating(model):
-        caches = [model(ids[:, :length], use_cache=True).past_key_values for length in (shorter, longer)]
+        caches = [cache_of(model(ids[:, :length], use_cache=True)) for length in (shorter, longer)]
     sizes = [cache_bytes(cache) for cache in caches]
     return (sizes[1] - sizes[0]) / (longer - shorter)
 

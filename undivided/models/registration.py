@@ -12,7 +12,7 @@ both wait:
   complete.
 
 Only public interfaces are used: `sys.meta_path`, `AutoConfig.register`, `AutoModelForCausalLM.register`.
-Written for transformers 5.17 to 5.23.
+Written for transformers 5.17 to 5.24.
 """
 
 from __future__ import annotations
