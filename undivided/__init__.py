@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from types import ModuleType
+from typing import Any
 
 from undivided.models.registration import register as _register
 
 __version__ = "0.1.0"
 
+# Functions of the first step, which are found here too.
+_FUNCTIONS = {"attach": "undivided.convert._attach"}
 
-def __getattr__(name: str) -> ModuleType:
+
+def __getattr__(name: str) -> Any:
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
     module = f"{__name__}.{name}"
     if not name.startswith("_"):
         try:
@@ -30,7 +35,7 @@ def __getattr__(name: str) -> ModuleType:
 
 def __dir__() -> list[str]:
     public = {module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")}
-    return sorted(public | set(globals()))
+    return sorted(public | set(globals()) | set(_FUNCTIONS))
 
 
 _register()

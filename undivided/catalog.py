@@ -114,7 +114,7 @@ SYSTEMS: tuple[System, ...] = (
             "undivided.layers.gda", "undivided.layers.gda_v2", "undivided.layers.gdla",
             "undivided.ops.differential", "undivided.convert.gda_grow",
         ),
-        "partial", "paper",
+        "works", "paper",
     ),
     System(
         3, "dha", "DHA",
@@ -128,14 +128,16 @@ SYSTEMS: tuple[System, ...] = (
         "Generalized Neighborhood Attention: Multi-dimensional Sparse Attention at the Speed of Light",
         2025, "2504.16922", "local",
         "Adds a stride to window attention and predicts which windows waste no work on a GPU.",
-        ("undivided.layers.gna", "undivided.ops.neighborhood", "undivided.cost.gna"), "partial", "official",
+        ("undivided.layers.gna", "undivided.layers.causal_neighborhood", "undivided.ops.neighborhood",
+         "undivided.cost.gna"),
+        "partial", "official",
     ),
     System(
         5, "cca", "CCA / CCGQA",
         "Compressed Convolutional Attention: Efficient Attention in a Compressed Latent Space",
         2025, "2510.04476", "latent",
         "Runs the whole attention in a narrow latent: less prefill, training and cache.",
-        ("undivided.layers.cca", "undivided.ops.conv"), "partial", "official",
+        ("undivided.layers.cca", "undivided.ops.conv"), "works", "official",
     ),
     System(
         6, "kdgqa", "KDGQA / DGQA / PGQA",
@@ -143,7 +145,7 @@ SYSTEMS: tuple[System, ...] = (
         2024, "2408.08454", "heads",
         "Gives more query heads to the key-value heads whose keys are larger, in vision GQA.",
         ("undivided.layers.kdgqa", "undivided.layers.pgqa", "undivided.layers.head_maps", "undivided.convert.kdgqa"),
-        "partial", "official",
+        "works", "official",
     ),
     System(
         7, "gaam", "GAAM / DAAM",
@@ -187,7 +189,7 @@ SYSTEMS: tuple[System, ...] = (
         12, "ggem", "GGeM",
         "Group Generalized Mean Pooling for Vision Transformer", 2022, "2212.04114", "mixer",
         "Pools patch tokens with one learned power a channel group, in place of the class token.",
-        ("undivided.layers.ggem",), "partial", "reconstruction",
+        ("undivided.layers.ggem", "undivided.ops.pooling"), "partial", "reconstruction",
     ),
     System(
         13, "yq_lsa", "yq-LSA",
@@ -199,7 +201,7 @@ SYSTEMS: tuple[System, ...] = (
     System(
         14, "dma", "DMA", "Trainable Dynamic Mask Sparse Attention", 2025, "2508.02124", "sparse",
         "Learns from the values which keys a head keeps, the same in training and in decode.",
-        ("undivided.layers.dma", "undivided.ops.dynamic_mask"),
+        ("undivided.layers.dma", "undivided.ops.dynamic_mask", "undivided.convert.dma"), "partial", "official",
     ),
     System(
         15, "x_ecomla", "X-EcoMLA",
@@ -231,14 +233,15 @@ SYSTEMS: tuple[System, ...] = (
         19, "moh", "MoH",
         "MoH: Multi-Head Attention as Mixture-of-Head Attention", 2024, "2410.11842", "heads",
         "Routes each token to a part of the heads, so that attention costs less at equal size.",
-        ("undivided.layers.moh", "undivided.ops.routed", "undivided.convert.moh"), "partial", "official",
+        ("undivided.layers.moh", "undivided.ops.routed", "undivided.convert.moh"), "works", "official",
     ),
     System(
         20, "fsa", "FSA",
         "Flash Sparse Attention: An Alternative Efficient Implementation of Native Sparse Attention Kernel",
         2025, "2508.18224", "sparse",
         "Turns the loops of native sparse attention round, for models with few query heads a group.",
-        ("undivided.layers.fsa", "undivided.ops.selected"),
+        ("undivided.layers.nsa", "undivided.ops.selected", "undivided.convert.nsa", "undivided.cost.fsa"),
+        "partial", "paper",
     ),
     System(
         21, "sqa", "SQA",
@@ -280,7 +283,8 @@ SYSTEMS: tuple[System, ...] = (
         "Core Context Aware Attention for Long Context Language Modeling",
         2024, "2412.12465", "sparse",
         "Summarises the far past in core tokens and reads the near past exactly, in trained LLMs.",
-        ("undivided.layers.core_context", "undivided.convert.core_context"),
+        ("undivided.layers.core_context", "undivided.ops.core_context", "undivided.convert.core_context"),
+        "partial", "official",
     ),
     System(
         27, "tcpa", "TCPA", "Token Coordinated Prompt Attention is Needed for Visual Prompting",
@@ -327,7 +331,7 @@ SYSTEMS: tuple[System, ...] = (
     System(
         33, "fit", "FIT", "FIT: Far-reaching Interleaved Transformers", 2023, "2305.12689", "vision",
         "Interleaves local layers on token groups with global layers on latents, for huge inputs.",
-        ("undivided.layers.fit", "undivided.models.fit"),
+        ("undivided.layers.fit", "undivided.models.fit"), "works", "official",
     ),
     System(
         34, "cogvla", "CogVLA",
@@ -342,14 +346,19 @@ SYSTEMS: tuple[System, ...] = (
         "Long-Context Modeling with Dynamic Hierarchical Sparse Attention for On-Device LLMs",
         2025, "2510.24606", "sparse",
         "Predicts the needed keys from chunks of learned length, for long prompts on small devices.",
-        ("undivided.layers.dhsa", "undivided.convert.dhsa"),
+        ("undivided.layers.dhsa", "undivided.layers.boundaries", "undivided.ops.gathered", "undivided.convert.dhsa"),
+        "partial", "official",
     ),
     System(
         36, "sla", "SLA",
         "SLA: Beyond Sparsity in Diffusion Transformers via Fine-Tunable Sparse-Linear Attention",
         2025, "2509.24006", "sparse",
         "Attends exactly to a few blocks and linearly to the rest, in video and image diffusion.",
-        ("undivided.layers.sla", "undivided.ops.sparse_linear"),
+        (
+            "undivided.layers.sla", "undivided.ops.sparse_linear", "undivided.ops.block_map",
+            "undivided.convert.sla",
+        ),
+        "partial", "official",
     ),
     System(
         37, "geometric_attention", "Geometric Attention",
@@ -374,7 +383,7 @@ SYSTEMS: tuple[System, ...] = (
         40, "ela", "ELA", "ELA: Efficient Local Attention for Deep Convolutional Neural Networks",
         2024, "2403.01123", "mixer",
         "Gates the rows and columns of a CNN's feature maps to localise objects at little cost.",
-        ("undivided.layers.ela",), "partial", "official",
+        ("undivided.layers.ela", "undivided.ops.strips"), "partial", "official",
     ),
     System(
         41, "lrgt", "LRGT", "Long-Range Grouping Transformer for Multi-View 3D Reconstruction",
@@ -419,14 +428,15 @@ SYSTEMS: tuple[System, ...] = (
     System(
         47, "tic", "TiC", "TiC: Exploring Vision Transformer in Convolution", 2023, "2310.04134", "local",
         "Makes attention slide like a convolution, so that one model takes images of any size.",
-        ("undivided.layers.tic", "undivided.models.vision.tic"),
+        ("undivided.layers.tic", "undivided.ops.msa_conv", "undivided.models.vision.tic"), "partial", "reconstruction",
     ),
     System(
         48, "sparsifiner", "Sparsifiner",
         "Sparsifiner: Learning Sparse Instance-Dependent Attention for Efficient Vision Transformers",
         2023, "2303.13755", "sparse",
         "Predicts for each image, head and query which keys to attend, to make a trained ViT cheaper.",
-        ("undivided.layers.sparsifiner", "undivided.convert.sparsifiner"),
+        ("undivided.layers.sparsifiner", "undivided.ops.listed", "undivided.convert.sparsifiner"),
+        "partial", "official",
     ),
     System(
         49, "catanet", "CATANet",

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from undivided.cost.gna import end_to_end, search, simulate, table
+from undivided.cost.gna import arithmetic_intensity, end_to_end, search, simulate, table, weight_bytes
 from undivided.ops.neighborhood import Neighborhood
 
 HUNYUAN = dict(size=(30, 48, 80), kernel_size=(18, 24, 24), query_tile=(4, 8, 8), key_tile=(2, 8, 8))
@@ -200,3 +200,19 @@ def test_shares_and_gains_that_do_not_fit_are_named():
 def test_needs_no_torch(run_python):
     done = run_python("import sys, undivided.cost.gna; print('torch' in sys.modules)")
     assert done.stdout.strip() == "False"
+
+
+def test_operations_a_byte_have_the_limits_of_the_paper():
+    for head_dim, element_size in ((32, 2), (64, 2), (128, 4)):
+        for window in (9, 49, 169):
+            fused = arithmetic_intensity(window, head_dim, element_size, fused=True)
+            assert fused == window / element_size
+            assert arithmetic_intensity(window, head_dim, element_size, fused=False) < fused
+        limit = 2 * head_dim / element_size
+        assert arithmetic_intensity(10**9, head_dim, element_size, fused=False) == pytest.approx(limit)
+
+
+def test_what_a_fused_forward_keeps_does_not_depend_on_the_window():
+    fused = {weight_bytes(4096, window, 8, 2, fused=True) for window in (9, 961)}
+    assert fused == {8 * 4096 * 4}
+    assert weight_bytes(4096, 961, 8, 2, fused=False) == 2 * 8 * 4096 * 961 * 2

@@ -191,7 +191,8 @@ WAITS = {
     (2, "before"): {
         # The first message or a later one: what was sent before the loss shows may be on its way.
         0: r"rank 0 waited for rank 2 to take (layer \d of )?request 0;",
-        3: "rank 3 waited for rank 2 to sum the output of layer 0",
+        # Its layers may still be coming in, from a rank that has given up itself by then.
+        3: r"rank 3 waited for rank (2 to sum the output of layer 0|1 to hand over layer \d of request 0)",
     },
     (1, "during"): {
         0: "rank 0 waited for rank 1 to sum the output of layer 2",

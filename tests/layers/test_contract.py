@@ -23,7 +23,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sqa": {"num_query_heads": 2, "window": 5},
     "dha": {"key_head_map": [0, 0, 1, 0], "value_head_map": [2, 1, 0, 1]},
     "gate_swa": {"window": 4, "sinks": 2},
+    "neighborhood": {"kernel_size": 3, "dilation": 2},
+    "core_context": {"group_size": 2, "window": 4},
+    # Prompts of up to the budget are read in full, as what is decoded always is.
+    "dhsa": {"boundaries": "fixed"},
+    "nsa": {"kernel_size": 4, "kernel_stride": 2, "block_size": 4, "topk": 3, "window": 3},
     "kdgqa": {"head_map": [0, 1, 1, 1]},
+    "dma": {"keep_window_size": 5},
     "mla": _LATENT,
     "gla": _LATENT | {"num_latent_heads": 2},
     "tpla": _LATENT | {"num_shards": 2},

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from undivided.layers._vision import to_map
+from undivided.layers.causal_neighborhood import CausalNeighborhoodAttention
 from undivided.layers.gcvit import WindowAttention
-from undivided.layers.gna import NeighborhoodAttention
+from undivided.layers.gna import NeighborhoodAttention, NeighborhoodAttention1D, NeighborhoodAttention3D
+from undivided.ops.neighborhood import Neighborhood
 from undivided.spec import interpret
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
@@ -121,3 +123,95 @@ def test_maps_and_masks_that_do_not_fit_are_named():
         layer(tokens((3, 5)), (3, 5))
     with pytest.raises(ValueError, match="is_causal=True was given, but NeighborhoodAttention takes no mask"):
         layer(tokens((6, 6)), is_causal=True)
+
+
+# -- lines, volumes, and the mixer of language models
+
+
+def test_a_line_and_a_volume_equal_their_specifications():
+    line = NeighborhoodAttention1D(WIDTH, HEADS, 4, stride=2, dilation=2, causal=True).double()
+    volume = NeighborhoodAttention3D(WIDTH, HEADS, (2, 3, 3), causal=(True, False, False)).double()
+    for layer, x, size in (
+        (line, tokens((1, 17)), ()),
+        (volume, tokens((4, 15)), ((4, 5, 3),)),
+    ):
+        out = interpret(layer.spec, layer.spec_inputs(x, *size)).out
+        torch.testing.assert_close(layer.proj(out.transpose(1, 2).flatten(2)), layer(x, *size), **EXACT)
+
+
+def test_a_map_of_one_row_is_a_line():
+    flat = layer_of(kernel_size=(1, 5), stride=(1, 2))
+    line = NeighborhoodAttention1D(WIDTH, HEADS, 5, stride=2).double()
+    line.load_state_dict(flat.state_dict())
+    x = tokens((1, 13))
+    torch.testing.assert_close(line(x), flat(x, (1, 13)), **EXACT)
+
+
+def test_a_relative_bias_has_the_shape_of_natten_and_a_gradient():
+    layer, size = layer_of(kernel_size=(3, 5), rel_pos_bias=True), (4, 6)
+    assert layer.rpb.shape == (HEADS, 5, 9)
+    x = tokens(size)
+    layer(x, size).square().sum().backward()
+    # Every distance occurs somewhere: windows are shifted at the borders.
+    assert (layer.rpb.grad != 0).all()
+    plain = layer_of(kernel_size=(3, 5))
+    plain.load_state_dict(layer.state_dict(), strict=False)
+    with torch.no_grad():
+        layer.rpb.zero_()
+    torch.testing.assert_close(layer(x, size), plain(x, size), **EXACT)
+    with pytest.raises(
+        NotImplementedError, match="rel_pos_bias is not written in the specification language"
+    ):
+        _ = layer.spec
+
+
+def still(length):
+    """Rotary tables that turn nothing."""
+    return torch.ones(1, length, 4, dtype=torch.float64), torch.zeros(1, length, 4, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_the_mixer_of_language_models_is_a_causal_neighborhood(dilation):
+    layer = CausalNeighborhoodAttention(WIDTH, 3, 1, 4, kernel_size=3, dilation=dilation).double()
+    x = tokens((1, 11))
+    tables = still(11)
+    query, key, value = layer.heads(x, tables)
+    mask = Neighborhood.of((11,), 3, 1, dilation, True).mask(x.device)
+    assert torch.equal(layer.seen(11, 11, x.device), mask)
+    logits = (query @ key.transpose(-2, -1) / 2).masked_fill(~mask, float("-inf"))
+    want = layer.o_proj((logits.softmax(-1) @ value).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(layer(x, tables)[0], want, **EXACT)
+    out = interpret(layer.spec, layer.spec_inputs(x, tables)).out
+    torch.testing.assert_close(layer.o_proj(out.transpose(1, 2).flatten(2)), want, **EXACT)
+
+
+def test_the_mixer_of_language_models_keeps_what_its_window_reaches():
+    transformers = pytest.importorskip("transformers")
+    layer = CausalNeighborhoodAttention(WIDTH, 3, 1, 4, kernel_size=3, dilation=2).double()
+    x = tokens((1, 15))
+    want = layer(x, still(15))[0]
+    cache = transformers.DynamicCache()
+    steps = [layer(x[:, :7], still(7), past_key_values=cache)[0]]
+    steps += [layer(token, still(1), past_key_values=cache)[0] for token in x[:, 7:].split(1, dim=1)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), want, **EXACT)
+    assert cache.layers[0].keys.shape[2] == 4
+
+
+def test_grids_and_windows_that_do_not_fit_are_named():
+    volume = NeighborhoodAttention3D(WIDTH, HEADS, 2)
+    with pytest.raises(
+        ValueError, match=r"size=\(2, 3, 4\) must be .time, height, width. of the 20 tokens of x"
+    ):
+        volume(torch.randn(1, 20, WIDTH), (2, 3, 4))
+    with pytest.raises(ValueError, match=r"kernel_size\[0\] is 7, but axis 0 has 5 positions; use at most 5"):
+        NeighborhoodAttention1D(WIDTH, HEADS)(torch.randn(1, 5, WIDTH))
+    with pytest.raises(
+        ValueError, match=r"kernel_size=\(2, 2\) has 2 entries, but there are 3 axes; give 1 or 3"
+    ):
+        NeighborhoodAttention3D(WIDTH, HEADS, (2, 2))
+    for options, text in (
+        ({"kernel_size": 0}, "kernel_size=0 must be at least 1"),
+        ({"kernel_size": 3, "dilation": 0}, "dilation=0 must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            CausalNeighborhoodAttention(WIDTH, 3, 1, 4, **options)

@@ -54,9 +54,11 @@ MORE = {
     ],
 }
 # Mechanisms that the language does not express; a reason each.
-NOT_SPECIFIED: dict[str, str] = {}
+NOT_SPECIFIED = {"nsa": "branches of one token that gates add up, one of them over compressed keys"}
+# Mechanisms of which it expresses a part, and the options that leave the rest out.
+IN_PART = {"gate_swa": {"gate": None, "sinks": 0}, "rcmha": {"variant": "mdha"}}
 SPECIFIED = [
-    (mechanism, OPTIONS.get(mechanism, {}) | options)
+    (mechanism, OPTIONS.get(mechanism, {}) | IN_PART.get(mechanism, {}) | options)
     for mechanism in sorted(CAUSAL_MECHANISMS)
     if mechanism not in NOT_SPECIFIED
     for options in ({}, *MORE.get(mechanism, []))

@@ -8,20 +8,29 @@ from typing import Any
 
 # attention of the result -> the function that makes it.
 CONVERTERS: dict[str, str] = {
+    "core_context": "undivided.convert.core_context:convert_core_context",
     "dha": "undivided.convert.dha:convert_dha",
     "edit-gate-swa": "undivided.convert.attention_editing:convert_edit_gate_swa",
     "edit-mla": "undivided.convert.attention_editing:convert_edit_mla",
+    "dhsa": "undivided.convert.dhsa:convert_dhsa",
+    "dma": "undivided.convert.dma:convert_dma",
     "gda-grow": "undivided.convert.gda_grow:convert_gda_grow",
     "gqa": "undivided.convert.kdgqa:mha_to_gqa",
     "kdgqa": "undivided.convert.kdgqa:convert_kdgqa",
     "mla": "undivided.convert.transmla:convert_transmla",
     "moh": "undivided.convert.moh:convert_moh",
+    "nsa": "undivided.convert.nsa:convert_nsa",
     "sqa": "undivided.convert.sqa:convert_sqa",
     "tpla": "undivided.convert.tpla:convert_tpla",
     "x-ecomla": "undivided.convert.x_ecomla:convert_x_ecomla",
 }
 
 _EXPORTS = {path.split(":")[1]: path for path in CONVERTERS.values()} | {
+    "attach": "undivided.convert._attach:attach",
+    # A diffusion transformer is no checkpoint of a language model: not a target of the pipeline.
+    "convert_sla": "undivided.convert.sla:convert_sla",
+    # Nor is a vision transformer.
+    "sparsify": "undivided.convert.sparsifiner:sparsify",
     "Report": "undivided.convert._report:Report",
     "convert_checkpoint": "undivided.convert.pipeline:convert_checkpoint",
 }
@@ -29,19 +38,26 @@ _EXPORTS = {path.split(":")[1]: path for path in CONVERTERS.values()} | {
 __all__ = [
     "CONVERTERS",
     "Report",
+    "attach",
     "convert_checkpoint",
+    "convert_core_context",
+    "convert_dhsa",
     "convert_dha",
     "convert_edit_gate_swa",
     "convert_edit_mla",
+    "convert_dma",
     "convert_gda_grow",
     "convert_kdgqa",
     "convert_moh",
+    "convert_nsa",
+    "convert_sla",
     "convert_sqa",
     "convert_tpla",
     "convert_transmla",
     "convert_x_ecomla",
     "converter",
     "mha_to_gqa",
+    "sparsify",
 ]
 
 

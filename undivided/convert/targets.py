@@ -95,6 +95,7 @@ _QUERY_LATENT_DIM = Option(
     int, "Width of a latent for the queries [mla: none; x-ecomla: as many weights as before]."
 )
 _ROPE_DIM = Option(int, "Dimensions that keep their rotary positions [mla: 64; x-ecomla: half of a head's].")
+_WINDOW = Option(int, "Last tokens that a query reads one by one [core_context: 1024, nsa: 512].")
 _POOL = Option(str, "A new key head is the mean, or the first, of a run of old ones [mean].")
 
 TARGETS: dict[str, Target] = {
@@ -212,10 +213,13 @@ TARGETS: dict[str, Target] = {
     "edit-gate-swa": Target(
         "sliding windows with an output gate in most layers, to be healed",
         {
-            "window": Option(int, "Tokens that a query of a windowed layer sees."),
+            "window": _WINDOW,
             "full_every": Option(int, "One of so many layers keeps the whole text; 0 for none [6]."),
             "gate": Option(str, "elementwise or head [elementwise]."),
-            "sinks": Option(int, "First tokens of a text that every query sees besides [0]."),
+            "sinks": Option(
+                int,
+                "First tokens that all queries see besides; a few spare much training [0].",
+            ),
         },
         required=("window",),
         calibrates=False,
@@ -224,7 +228,7 @@ TARGETS: dict[str, Target] = {
         "core tokens for the far past, to be healed, from multi-head or grouped-query attention",
         {
             "group_size": Option(int, "Tokens of a core token [16]."),
-            "window": Option(int, "Fewest tokens that are read one by one [1024]."),
+            "window": _WINDOW,
             "pooling": Option(str, "Of a group: cca, mean or max [cca]."),
             "core_heads": Option(str, "A core token for each query head, query, or key head, kv [query]."),
             "rope": Option(str, "Keys are pooled after their rotation, post, or before it, pre [post]."),
@@ -238,11 +242,32 @@ TARGETS: dict[str, Target] = {
             "mode": Option(str, "chunks, or blocks of keys: topk, a, vs or vsb [chunks]."),
             "budget": Option(int, "Keys that a block of queries reads, of chunks [1024]."),
             "query_block": Option(int, "Queries of a block [128]."),
-            "boundaries": Option(str, "Of chunks: predicted, by what calibration teaches, or fixed [predicted]."),
+            "boundaries": Option(
+                str, "Of chunks: predicted, by what calibration teaches, or fixed [predicted]."
+            ),
             "share": Option(str, "What layers share: none, boundaries or selection [boundaries]."),
             "density": Option(float, "Share of the blocks of keys that is read, of blocks [0.125]."),
             "epochs": Option(int, "How often the boundary predictor reads the calibration [2]."),
         },
+    ),
+    "dma": Target(
+        "learned masks of few keys, to be healed, from multi-head or grouped-query attention",
+        {
+            "keep_window_size": Option(int, "Keys that a query keeps [2048]."),
+            "score_form": Option(str, "What ranks keys: exp or linear [exp]."),
+        },
+        calibrates=False,
+    ),
+    "nsa": Target(
+        "compressed and selected blocks and a window, to be healed, from multi-head or grouped-query attention",
+        {
+            "block_size": Option(int, "Tokens of a block that is selected [64]."),
+            "topk": Option(int, "Blocks that a token selects [16]."),
+            "window": _WINDOW,
+            "kernel_size": Option(int, "Tokens of a compressed block [32]."),
+            "kernel_stride": Option(int, "Tokens from one compressed block to the next [16]."),
+        },
+        calibrates=False,
     ),
     "gda-grow": Target(
         "a larger model, from grouped differential attention",

@@ -186,6 +186,40 @@ def end_to_end(share: float, speedup: float) -> float:
     return 1 / (1 - share + share / speedup)
 
 
+def arithmetic_intensity(window: int, head_dim: int, element_size: int, fused: bool) -> float:
+    """Returns operations a byte of the forward, `4 w D / bytes`, when every tensor is moved once.
+
+    Fused, a token moves its query, key, value and output, `4 D` numbers: the intensity is `w / element_size`, however
+    many tokens there are, so that small windows are bound by memory. With the weights in memory it also writes and
+    reads w of them: `4 w D / (4 D + 2 w)`, at most `2 D / element_size`, that of full attention in this form.
+
+    Args:
+        window: keys of a window, all axes together.
+        head_dim: width D of a head.
+        element_size: bytes of a number.
+        fused: whether the weights stay on the chip.
+
+    Source: Faster Neighborhood Attention (arXiv 2403.04690), section 3.
+    """
+    moved = 4 * head_dim + (0 if fused else 2 * window)
+    return 4 * window * head_dim / (moved * element_size)
+
+
+def weight_bytes(tokens: int, window: int, batch_heads: int, element_size: int, fused: bool) -> int:
+    """Returns the bytes that a forward keeps beside its inputs and output.
+
+    Args:
+        tokens: tokens of the grid.
+        window: keys of a window, all axes together.
+        batch_heads: samples times heads.
+        element_size: bytes of a number.
+        fused: the log-sums, float32, which do not depend on the window; else logits and weights of every window.
+
+    Source: Faster Neighborhood Attention (arXiv 2403.04690), section 3.
+    """
+    return batch_heads * tokens * (4 if fused else 2 * window * element_size)
+
+
 def table(reports: Sequence[TileReport]) -> str:
     """Returns one line a report: stride, tiles visited, bound of the speed-up, and whether no mask is needed."""
     rows = [("stride", "visited / all", "speed-up", "FLOP bound", "perfect")]

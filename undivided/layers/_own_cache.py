@@ -11,6 +11,13 @@ from transformers.cache_utils import DynamicLayer
 Layer = TypeVar("Layer")
 
 
+def cache_layer(cache: Any, layer_idx: int) -> Any:
+    """Returns a layer of a cache, which a growing cache may not have yet."""
+    while len(cache.layers) <= layer_idx and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    return cache.layers[layer_idx]
+
+
 def own_cache_layer(cache: Any, layer_idx: int, kind: type[Layer], make: Callable[[], Layer]) -> Layer:
     """Returns the cache's layer of a kind, exchanging an empty one of another kind, a static one too.
 
@@ -23,9 +30,7 @@ def own_cache_layer(cache: Any, layer_idx: int, kind: type[Layer], make: Callabl
     Raises:
         ValueError: the layer has keys of another attention.
     """
-    while len(cache.layers) <= layer_idx and cache.layer_class_to_replicate is not None:
-        cache.layers.append(cache.layer_class_to_replicate())
-    layer = cache.layers[layer_idx]
+    layer = cache_layer(cache, layer_idx)
     if isinstance(layer, kind):
         return layer
     if getattr(layer, "is_initialized", False) and int(layer.get_seq_length()):

@@ -18,9 +18,9 @@ def streaming_layer(cache: Any, layer_idx: int) -> Any:
     """
     from transformers import cache_utils as kinds
 
-    while len(cache.layers) <= layer_idx and cache.layer_class_to_replicate is not None:
-        cache.layers.append(cache.layer_class_to_replicate())
-    layer = cache.layers[layer_idx]
+    from undivided.layers._own_cache import cache_layer
+
+    layer = cache_layer(cache, layer_idx)
     if isinstance(layer, kinds.LinearAttentionCacheLayerMixin):
         return layer
     if getattr(layer, "is_initialized", False):

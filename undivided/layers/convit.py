@@ -40,6 +40,7 @@ class GPSA(VisionAttention):
         proj_drop: dropout of the output.
         attn_drop, qk_norm, scale_norm: refused unless off; timm's blocks pass them.
         norm_layer: not used; timm's blocks pass it.
+        backend: of `undivided.ops.gated_positional_attention`.
         device, dtype: of the weights.
 
     Shape:
@@ -68,6 +69,7 @@ class GPSA(VisionAttention):
         qk_norm: bool = False,
         scale_norm: bool = False,
         norm_layer: Callable[..., nn.Module] | None = None,
+        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -75,6 +77,7 @@ class GPSA(VisionAttention):
         self.locality_strength = locality_strength
         self.conv_init = conv_init
         self.gate_init = gate_init
+        self.backend = backend
         side = math.isqrt(num_heads)
         if conv_init and side * side != num_heads:
             warnings.warn(
@@ -123,7 +126,7 @@ class GPSA(VisionAttention):
         self.refuse_mask(attn_mask, is_causal)
         size = map_size(x, size)
         out = gated_positional_attention(
-            *self.heads(x), self.pos_proj.weight, self.gates, size, scale=self.scale
+            *self.heads(x), self.pos_proj.weight, self.gates, size, scale=self.scale, backend=self.backend
         )
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 

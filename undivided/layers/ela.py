@@ -15,10 +15,11 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from undivided.layers._vision import Size, as_pair
+from undivided.ops import strip_attention
+from undivided.ops.strips.composed import gate, strip_means
 
 
 class Version(NamedTuple):
@@ -47,7 +48,8 @@ class ELA(nn.Module):
     a fresh layer both gates are about 0.5, so that the output is about a quarter of x: it belongs inside a residual
     branch. The norm's statistics are those of one image, in training as in inference.
 
-    Composed of PyTorch's operators it reads x four times and writes it twice; two reads and one write are the least.
+    Composed of PyTorch's operators it reads x four times and writes it twice; the kernels that CUDA tensors get read it
+    twice and write it once, which is the least for strips that do not stay on the chip.
 
     Args:
         channels: C.
@@ -61,6 +63,7 @@ class ELA(nn.Module):
         near_identity: start with gates of 0.98 (weight 0 and bias 4 of the norm), for networks that are trained
             already; not in the paper.
         strict: refuse groups that do not divide C. Else the largest divisor below is taken; `adapted` says where.
+        backend: of `undivided.ops.strip_attention`.
         device, dtype: of the weights.
 
     Attributes:
@@ -88,6 +91,7 @@ class ELA(nn.Module):
         padding_mode: str = "zeros",
         near_identity: bool = False,
         strict: bool = False,
+        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -117,6 +121,7 @@ class ELA(nn.Module):
         self.residual = residual
         self.padding_mode = padding_mode
         self.near_identity = near_identity
+        self.backend = backend
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv, self.norm = self._branch(options)
         if not share:
@@ -152,9 +157,21 @@ class ELA(nn.Module):
                     nn.init.constant_(module.bias, _OPEN)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate_h, gate_w = (gate.to(x.dtype) for gate in self.gates(x))
-        out = x * gate_h[:, :, :, None] * gate_w[:, :, None, :]
-        return x + out if self.residual else out
+        self._check(x)
+        return strip_attention(
+            x, *self._weights(), conv_groups=self.conv_groups, norm_groups=self.norm_groups, eps=self.norm.eps,
+            is_circular=self.padding_mode == "circular", residual=self.residual, backend=self.backend,
+        )  # fmt: skip
+
+    def _weights(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        branches = [(self.conv, self.norm)] + ([] if self.share else [(self.conv_w, self.norm_w)])
+        return [(conv.weight, norm.weight, norm.bias) for conv, norm in branches]
+
+    def _check(self, x: torch.Tensor) -> None:
+        if x.dim() != 4 or x.shape[1] != self.channels:
+            raise ValueError(
+                f"x has shape {list(x.shape)}; it must be a map [batch, channels={self.channels}, height, width]."
+            )
 
     def gates(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the gates of the rows `[B, C, H]` and of the columns `[B, C, W]`, in float32 at least.
@@ -162,24 +179,13 @@ class ELA(nn.Module):
         Raises:
             ValueError: x is no map `[B, C, H, W]` of this layer's channels.
         """
-        if x.dim() != 4 or x.shape[1] != self.channels:
-            raise ValueError(
-                f"x has shape {list(x.shape)}; it must be a map [batch, channels={self.channels}, height, width]."
-            )
+        self._check(x)
+        options = self.conv_groups, self.norm_groups, self.norm.eps, self.padding_mode == "circular"
         # Autocast would round the strips; on the meta device there is none.
         with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             rows, columns = strip_means(x)
-            conv_w, norm_w = (self.conv, self.norm) if self.share else (self.conv_w, self.norm_w)
-            return self._gate(rows, self.conv, self.norm), self._gate(columns, conv_w, norm_w)
-
-    def _gate(self, strip: torch.Tensor, conv: nn.Conv1d, norm: nn.GroupNorm) -> torch.Tensor:
-        padding = self.kernel_size // 2
-        if self.padding_mode == "circular":
-            strip, padding = F.pad(strip, (padding, padding), mode="circular"), 0
-        strip = F.conv1d(strip, conv.weight.to(strip.dtype), padding=padding, groups=self.conv_groups)
-        # Not F.group_norm, which refuses a strip of one position in a batch of one and takes it in a larger batch.
-        weight, bias = norm.weight.to(strip.dtype), norm.bias.to(strip.dtype)
-        return torch.sigmoid(torch.group_norm(strip, self.norm_groups, weight, bias, norm.eps))
+            weights = self._weights()
+            return gate(rows, *weights[0], *options), gate(columns, *weights[-1], *options)
 
     def load_official(self, state_dict: Mapping[str, torch.Tensor], prefix: str = "") -> None:
         """Loads one module of the authors' code: `conv.weight`, `gn.weight`, `gn.bias`.
@@ -228,12 +234,6 @@ def _fitting(shape: torch.Size) -> str:
         name for name, sizes in VERSIONS.items() if tuple(shape[1:]) == (sizes.group_width, sizes.kernel_size)
     ]
     return f"; {shape[0]} channels of version {' or '.join(names)} have it" if names else ""
-
-
-def strip_means(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the means of rows `[B, C, H]` and of columns `[B, C, W]` of a map, in float32 at least."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.mean(3, dtype=dtype), x.mean(2, dtype=dtype)
 
 
 def largest_divisor(number: int, limit: int) -> int:

@@ -273,9 +273,7 @@ class GaussianGQAttention(GQAttention):
     def heads(
         self, hidden_states: torch.Tensor, position_embeddings: PositionEmbeddings | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        gated = self.gate(hidden_states)
-        assert isinstance(gated, torch.Tensor)
-        return super().heads(hidden_states + gated, position_embeddings)
+        return super().heads(hidden_states + self.gate(hidden_states), position_embeddings)
 
     @property
     def spec(self) -> AttentionSpec:

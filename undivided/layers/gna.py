@@ -1,27 +1,112 @@
-"""Neighborhood attention of image tokens, with stride and dilation, in the place of timm's attention."""
+"""Neighborhood attention of the tokens of a line, an image (in the place of timm's attention) or a volume."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from undivided.layers._vision import Size, VisionAttention, as_pair, map_size
-from undivided.ops.neighborhood import Neighborhood, neighborhood_attention
+from undivided.ops.neighborhood import Neighborhood, neighborhood_attention, per_axis
 
 if TYPE_CHECKING:
     from undivided.spec import AttentionSpec
 
 
-class NeighborhoodAttention(VisionAttention):
+class _GridAttention(VisionAttention):
+    """What neighborhood attention has in common on grids of any number of axes."""
+
+    axes: int
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel_size: tuple[int, ...],
+        stride: tuple[int, ...],
+        dilation: tuple[int, ...],
+        causal: bool | Sequence[bool],
+        rel_pos_bias: bool,
+        biases: tuple[bool, bool],
+        proj_drop: float,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        **off: Any,
+    ) -> None:
+        super().__init__(dim, num_heads, **off)
+        self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
+        self.is_causal = per_axis("is_causal", causal, self.axes, bool)
+        # The smallest grid on which this window is defined has the last word on the stride.
+        smallest = [kernel * step for kernel, step in zip(kernel_size, dilation, strict=True)]
+        Neighborhood.of(smallest, kernel_size, stride, dilation, self.is_causal)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=biases[0], device=device, dtype=dtype)
+        self.proj = nn.Linear(dim, dim, bias=biases[1], device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.rpb: nn.Parameter | None = None
+        if rel_pos_bias:
+            sizes = [2 * kernel - 1 for kernel in kernel_size]
+            self.rpb = nn.Parameter(torch.empty(num_heads, *sizes, device=device, dtype=dtype))
+            nn.init.trunc_normal_(self.rpb, std=0.02)
+
+    def attend(self, x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        """Returns tokens `[B, N, C]` of a grid after attention and projection."""
+        query, key, value = (part.unflatten(2, size) for part in self.heads(x))
+        out = cast(
+            torch.Tensor,
+            neighborhood_attention(
+                query,
+                key,
+                value,
+                self.kernel_size,
+                stride=self.stride,
+                dilation=self.dilation,
+                is_causal=self.is_causal,
+                scale=self.scale,
+                relative_bias=self.rpb,
+            ),
+        )
+        return self.proj_drop(self.proj(out.flatten(2, -2).transpose(1, 2).flatten(2)))
+
+    def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Returns query, key and value of tokens `[B, N, C]`, each `[B, H, N, head_dim]`."""
+        parts = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        return parts.permute(2, 0, 3, 1, 4).unbind(0)
+
+    @property
+    def spec(self) -> AttentionSpec:
+        """The operator between the projections, as a specification."""
+        from undivided.spec.systems import neighborhood
+
+        if self.rpb is not None:
+            raise NotImplementedError(
+                "neighborhood attention with rel_pos_bias is not written in the specification language."
+            )
+        return neighborhood()
+
+    def spec_inputs(
+        self, hidden_states: torch.Tensor, size: Sequence[int] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Returns the tensors that `spec` reads; `neighborhood` is the mask of the whole grid."""
+        size = self.grid_size(hidden_states, size)
+        query, key, value = self.heads(hidden_states)
+        grid = Neighborhood.of(size, self.kernel_size, self.stride, self.dilation, self.is_causal)
+        return {"query": query, "key": key, "value": value, "neighborhood": grid.mask(query.device)}
+
+    def grid_size(self, x: torch.Tensor, size: Sequence[int] | None) -> Sequence[int]:
+        """Returns the positions along each axis of the grid of tokens `[B, N, C]`, checked."""
+        raise NotImplementedError
+
+
+class NeighborhoodAttention(_GridAttention):
     """Attention of a token to the window about it: `out_i = sum_{j in N(i)} softmax_j(scale * q_i . k_j) v_j`.
 
     Windows are shifted inwards at the borders of the map, so that every token sees `kernel_size` tokens on both axes.
     With `stride` above 1 tiles of tokens share a window; `stride = kernel_size` is window attention without shifts, and
-    `dilation` spreads a window over the map. Which strides save time on a GPU, `undivided.cost.gna` says. There is no
-    positional bias. The weights have the names and the layout of NATTEN's `NeighborhoodAttention2D`.
+    `dilation` spreads a window over the map. Which strides save time on a GPU, `undivided.cost.gna` says. The weights
+    have the names and the layout of NATTEN's `NeighborhoodAttention2D`.
 
     Args:
         dim: width C of a token.
@@ -29,6 +114,9 @@ class NeighborhoodAttention(VisionAttention):
         kernel_size: `(height, width)` of a window, or one number for both; not larger than the map.
         stride: tokens that share a window.
         dilation: distance between two tokens of a window; times `kernel_size` not larger than the map.
+        causal: whether windows end at the token, for both axes or one truth value each.
+        rel_pos_bias: whether logits have a bias `rpb [H, 2 w_1 - 1, 2 w_2 - 1]` by the distance of the tokens, as in
+            NAT and DiNAT. On a GPU the weights of all windows are then in memory.
         qkv_bias, proj_bias: whether the projections have a bias.
         proj_drop: dropout of the output.
         attn_drop, qk_norm, scale_norm: refused unless off; timm's blocks pass them.
@@ -44,6 +132,8 @@ class NeighborhoodAttention(VisionAttention):
     Source: GNA (arXiv 2504.16922); with `stride = 1` Faster Neighborhood Attention (arXiv 2403.04690).
     """
 
+    axes = 2
+
     def __init__(
         self,
         dim: int,
@@ -52,6 +142,8 @@ class NeighborhoodAttention(VisionAttention):
         *,
         stride: int | Size = 1,
         dilation: int | Size = 1,
+        causal: bool | tuple[bool, bool] = False,
+        rel_pos_bias: bool = False,
         qkv_bias: bool = True,
         proj_bias: bool = True,
         attn_drop: float = 0.0,
@@ -62,16 +154,11 @@ class NeighborhoodAttention(VisionAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(dim, num_heads, attn_drop=attn_drop, qk_norm=qk_norm, scale_norm=scale_norm)
-        self.kernel_size = as_pair("kernel_size", kernel_size)
-        self.stride = as_pair("stride", stride)
-        self.dilation = as_pair("dilation", dilation)
-        # The smallest map on which this window is defined has the last word on the stride.
-        smallest = [kernel * step for kernel, step in zip(self.kernel_size, self.dilation, strict=True)]
-        Neighborhood.of(smallest, self.kernel_size, self.stride, self.dilation)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
-        self.proj = nn.Linear(dim, dim, bias=proj_bias, device=device, dtype=dtype)
-        self.proj_drop = nn.Dropout(proj_drop)
+        super().__init__(
+            dim, num_heads, as_pair("kernel_size", kernel_size), as_pair("stride", stride),
+            as_pair("dilation", dilation), causal, rel_pos_bias, (qkv_bias, proj_bias), proj_drop, device, dtype,
+            attn_drop=attn_drop, qk_norm=qk_norm, scale_norm=scale_norm,
+        )  # fmt: skip
 
     def forward(
         self,
@@ -82,37 +169,119 @@ class NeighborhoodAttention(VisionAttention):
         is_causal: bool = False,
     ) -> torch.Tensor:
         self.refuse_mask(attn_mask, is_causal)
-        size = map_size(x, size)
-        query, key, value = (part.unflatten(2, size) for part in self.heads(x))
-        out = cast(
-            torch.Tensor,
-            neighborhood_attention(
-                query,
-                key,
-                value,
-                self.kernel_size,
-                stride=self.stride,
-                dilation=self.dilation,
-                scale=self.scale,
-            ),
-        )
-        return self.proj_drop(self.proj(out.flatten(2, 3).transpose(1, 2).flatten(2)))
+        return self.attend(x, map_size(x, size))
 
-    def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Returns query, key and value of tokens `[B, N, C]`, each `[B, H, N, head_dim]`."""
-        parts = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        return parts.permute(2, 0, 3, 1, 4).unbind(0)
+    def grid_size(self, x: torch.Tensor, size: Sequence[int] | None) -> Sequence[int]:
+        return map_size(x, cast("Size | None", size))
 
-    @property
-    def spec(self) -> AttentionSpec:
-        """The operator between the projections, as a specification."""
-        from undivided.spec.systems import neighborhood
 
-        return neighborhood()
+class NeighborhoodAttention1D(_GridAttention):
+    """Attention of a token of a line to the window about it; as `NeighborhoodAttention`, with numbers for one axis.
 
-    def spec_inputs(self, hidden_states: torch.Tensor, size: Size | None = None) -> dict[str, torch.Tensor]:
-        """Returns the tensors that `spec` reads; `neighborhood` is the mask of the whole map."""
-        size = map_size(hidden_states, size)
-        query, key, value = self.heads(hidden_states)
-        mask = Neighborhood.of(size, self.kernel_size, self.stride, self.dilation).mask(query.device)
-        return {"query": query, "key": key, "value": value, "neighborhood": mask}
+    Args:
+        dim: width C of a token.
+        num_heads: heads H; they divide `dim`.
+        kernel_size, stride, dilation: numbers of the one axis.
+        causal: whether windows end at the token.
+        rel_pos_bias, qkv_bias, proj_bias, proj_drop, device, dtype: as in `NeighborhoodAttention`.
+
+    Shape:
+        `forward(x [B, N, C])` gives `[B, N, C]`.
+
+    Raises:
+        ValueError: sizes that do not fit (the line's in `forward`).
+
+    Source: GNA (arXiv 2504.16922); with `stride = 1` Faster Neighborhood Attention (arXiv 2403.04690).
+    """
+
+    axes = 1
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        kernel_size: int = 7,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        causal: bool = False,
+        rel_pos_bias: bool = False,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        window, step, distance = _numbers(self.axes, kernel_size, stride, dilation)
+        super().__init__(
+            dim, num_heads, window, step, distance, causal, rel_pos_bias, (qkv_bias, proj_bias), proj_drop, device,
+            dtype,
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attend(x, self.grid_size(x, None))
+
+    def grid_size(self, x: torch.Tensor, size: Sequence[int] | None) -> Sequence[int]:
+        if x.dim() != 3:
+            raise ValueError(f"x has shape {list(x.shape)}; it needs 3 axes, [batch, tokens, dim].")
+        return (x.shape[1],)
+
+
+class NeighborhoodAttention3D(_GridAttention):
+    """Attention of a token of a volume, such as a video, to the window about it; as `NeighborhoodAttention`.
+
+    Args:
+        dim: width C of a token.
+        num_heads: heads H; they divide `dim`.
+        kernel_size, stride, dilation: `(time, height, width)`, or one number for all.
+        causal: whether windows end at the token, for all axes or one truth value each, such as `(True, False, False)`.
+        rel_pos_bias, qkv_bias, proj_bias, proj_drop, device, dtype: as in `NeighborhoodAttention`.
+
+    Shape:
+        `forward(x [B, N, C], size=(time, height, width))` gives `[B, N, C]`.
+
+    Raises:
+        ValueError: sizes that do not fit (the volume's in `forward`).
+
+    Source: GNA (arXiv 2504.16922); with `stride = 1` Faster Neighborhood Attention (arXiv 2403.04690).
+    """
+
+    axes = 3
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        kernel_size: int | tuple[int, int, int] = 7,
+        *,
+        stride: int | tuple[int, int, int] = 1,
+        dilation: int | tuple[int, int, int] = 1,
+        causal: bool | tuple[bool, bool, bool] = False,
+        rel_pos_bias: bool = False,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        window, step, distance = _numbers(self.axes, kernel_size, stride, dilation)
+        super().__init__(
+            dim, num_heads, window, step, distance, causal, rel_pos_bias, (qkv_bias, proj_bias), proj_drop, device,
+            dtype,
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
+        return self.attend(x, self.grid_size(x, size))
+
+    def grid_size(self, x: torch.Tensor, size: Sequence[int] | None) -> Sequence[int]:
+        if x.dim() != 3:
+            raise ValueError(f"x has shape {list(x.shape)}; it needs 3 axes, [batch, tokens, dim].")
+        if size is None or len(size) != 3 or math.prod(size) != x.shape[1]:
+            raise ValueError(f"size={size} must be (time, height, width) of the {x.shape[1]} tokens of x.")
+        return size
+
+
+def _numbers(axes: int, kernel_size, stride, dilation) -> list[tuple[int, ...]]:
+    """Kernel size, stride and dilation, one number an axis."""
+    given = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
+    return [per_axis(name, value, axes, int) for name, value in given.items()]

@@ -146,6 +146,7 @@ class BidirectionalGatedLinearAttention(VisionAttention):
         # Under autocast both are narrower than the weights of the norms, which torch warns of.
         dtype = self.scan_norm.weight.dtype
         local = self.local_norm(local.unflatten(-1, heads).to(dtype))
-        out = gate * self.scan_norm(scanned.transpose(1, 2).to(dtype)) + (1 - gate) * local
-        out = out.flatten(2)
+        scanned = self.scan_norm(scanned.transpose(1, 2).to(dtype))
+        # g * scanned + (1 - g) * local in one pass over the tokens.
+        out = torch.lerp(local, scanned, gate.to(dtype)).flatten(2)
         return self.proj(F.silu(out) if self.out_act else out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -120,8 +121,7 @@ class _LayerGQA(nn.Module):
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = dense_attention(query, key, value)
-        assert isinstance(out, torch.Tensor)
+        out = cast(torch.Tensor, dense_attention(query, key, value))
         return self.o_proj(self.norm(out.transpose(1, 2).flatten(2)))
 
 

@@ -90,12 +90,11 @@ class FusedHeads(nn.Module):
 
     def projection(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns weight and bias with the heads in their old order."""
-        parts = [
-            None if rows is None else self.fused(rows).flatten(0, 1)[self.places].flatten(0, 1)
-            for rows in (self.weight, self.bias)
-        ]
-        assert parts[0] is not None
-        return parts[0], parts[1]
+
+        def in_order(rows: torch.Tensor) -> torch.Tensor:
+            return self.fused(rows).flatten(0, 1)[self.places].flatten(0, 1)
+
+        return in_order(self.weight), None if self.bias is None else in_order(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, *self.projection())

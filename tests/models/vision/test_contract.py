@@ -19,6 +19,7 @@ from undivided.models.vision.convit import ConViT  # noqa: E402
 from undivided.models.vision.gcvit import GCViT  # noqa: E402
 from undivided.models.vision.litv2 import LITv2  # noqa: E402
 from undivided.models.vision.ravlt import RAVLT  # noqa: E402
+from undivided.models.vision.tic import TiC  # noqa: E402
 from undivided.models.vision.vig import ViG, ViGHierarchical  # noqa: E402
 
 # A family adds here what makes its models small; everything below holds for all.
@@ -27,6 +28,7 @@ SMALL = {
     GCViT: dict(img_size=64, embed_dim=8, depths=(2, 2, 3, 2), num_heads=(1, 2, 2, 4)),
     LITv2: dict(embed_dim=8, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 4)),
     RAVLT: dict(embed_dims=(8, 8, 16, 16), depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4), projection=24),
+    TiC: dict(embed_dim=8, depths=(1, 1, 2, 1), head_dim=8, kernel_size=3),
     ViG: dict(img_size=64, embed_dim=8, depth=3, num_heads=2),
     ViGHierarchical: dict(embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 4)),
 }

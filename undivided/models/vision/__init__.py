@@ -24,7 +24,7 @@ from undivided.models.vision._backbone import VisionBackbone
 from undivided.models.vision._official import load_official
 from undivided.models.vision._registration import PREFIX, registered_models
 
-FAMILIES: tuple[str, ...] = ("convit", "gcvit", "litv2", "ravlt", "vig")
+FAMILIES: tuple[str, ...] = ("convit", "gcvit", "litv2", "ravlt", "tic", "vig")
 
 for _family in FAMILIES:
     import_module(f"{__name__}.{_family}")
