@@ -8,7 +8,7 @@ demo: .venv/.installed
 	$(BIN)/undivided demo
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest -n auto --cov --cov-report=term
 
 test-gpu: .venv/.installed-dev
 	$(BIN)/python -m pytest --require-cuda -m "gpu or on_device"

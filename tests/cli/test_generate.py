@@ -77,3 +77,39 @@ def test_a_world_that_does_not_fit_says_which_would(here):
 def test_bad_options_are_one_sentence(capsys, here, options, text):
     status, printed, noted = run(capsys, "generate", here / "source", *options, "--device", "cpu")
     assert status == 2 and printed == "" and text in noted
+
+
+def test_another_attention_reads_the_same_weights(capsys, here):
+    prompt = "the cat sat on the mat " * 8
+    arguments = ("generate", here / "source", prompt, "--max-new-tokens", "8", "--device", "cpu")
+    full = run(capsys, *arguments)[1]
+    for attention, wide, narrow in (
+        ("core_context", ("window=4096",), ("window=4", "group_size=4")),
+        (
+            "dhsa",
+            ("boundaries=fixed", "budget=4096"),
+            ("mode=a", "query_block=8", "key_block=4", "density=0.2"),
+        ),
+    ):
+        for options, same in ((wide, True), (narrow, None)):
+            chosen = [word for option in options for word in ("--option", option)]
+            status, text, noted = run(capsys, *arguments, "--attention", attention, *chosen)
+            assert status == 0, noted
+            assert text.strip()
+            assert same is None or text == full
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--option", "budget=4"), "--option budget=4 belongs to an attention; name it with --attention."),
+        (("--attention", "dhsa", "--option", "budget"), "--option budget is not of the form name=value"),
+        (("--attention", "dhsa"), 'or boundaries="fixed"'),
+        (("--attention", "dhsa", "--option", "wheels=4"), "has no option 'wheels'"),
+        (("--attention", "mla"), 'mechanism "mla" needs latent_dim'),
+    ],
+)
+def test_wrong_attentions_are_named(capsys, here, options, message):
+    status, _, noted = run(capsys, "generate", here / "source", "the cat", "--device", "cpu", *options)
+    assert status == 2
+    assert message in noted.replace("\n", " ")

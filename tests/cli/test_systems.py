@@ -71,7 +71,7 @@ def test_describes_one_system_in_full(capsys):
     assert status == 0
     assert out.startswith("GNA, system 4 of 54\n")
     assert "Generalized Neighborhood Attention: Multi-dimensional Sparse Attention" in out
-    assert "undivided.layers.gna, undivided.ops.neighborhood, undivided.cost.gna" in out
+    assert "undivided.layers.gna, undivided.layers.causal_neighborhood" in out
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 """The command `undivided`: one module a verb.
 
-`undivided/cli/<verb>.py` has a typer-annotated function `command`. It is imported only when that verb is
-called or its own help is asked for, so `undivided --help` needs neither torch nor transformers. Verbs print
-results on stdout, notes and progress on stderr (`undivided.cli._console`), and signal bad input by raising
-ValueError, TypeError, OSError or ImportError, which `main` turns into one line and exit status 2.
+`undivided/cli/<verb>.py` has a typer-annotated function `command`; a hyphen of the verb is an underscore of the file.
+It is imported only when that verb is called or its own help is asked for, so `undivided --help` needs neither torch
+nor transformers. Verbs print results on stdout, notes and progress on stderr (`undivided.cli._console`), and signal bad
+input by raising ValueError, TypeError, OSError or ImportError, which `main` turns into one line and exit status 2.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ VERBS: dict[str, str] = {
     "convert": "Convert a checkpoint to another attention.",
     "heal": "Train a converted checkpoint on what its source gives.",
     "prefer": "Train a checkpoint on which of two answers is liked.",
+    "train-vision": "Train an image classifier from scratch.",
     "generate": "Generate text with a checkpoint.",
     "evaluate": "Measure a checkpoint's perplexity and cache.",
     "plan": "Predict cache bytes, FLOPs and time of attention choices.",
@@ -99,7 +100,7 @@ def _unloaded() -> None:
 
 
 def _load(verb: str) -> Callable[..., Any]:
-    command = importlib.import_module(f"undivided.cli.{verb}").command
+    command = importlib.import_module(f"undivided.cli.{verb.replace('-', '_')}").command
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,8 +38,18 @@ def command(
     prefill_ranks: Annotated[
         int, typer.Option(help="Over ranks: so many of them read the prompt, exactly; the others decode.")
     ] = 0,
+    attention: Annotated[
+        str | None,
+        typer.Option(help="Another attention that takes the weights as they are: dhsa or core_context."),
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="Of that attention, such as budget=2048; may be repeated.")
+    ] = None,
 ) -> None:
     """Generate text with a checkpoint; on stdout the continuation alone.
+
+    With --attention the checkpoint is read with another attention, which changes no weight: dhsa reads long prompts
+    in part (--option boundaries=fixed, or a checkpoint of undivided convert --to dhsa, which learns where to cut).
 
     On CUDA a model with latent attention is decoded by this library's engine, and its tokens are printed as they
     come; any other model is decoded by transformers.
@@ -56,11 +67,15 @@ def command(
         raise ValueError(f"--max-new-tokens {max_new_tokens} is too small; use at least 1.")
     if temperature < 0:
         raise ValueError(f"--temperature {temperature} is negative; use 0 or more.")
+    if option and attention is None:
+        raise ValueError(f"--option {option[0]} belongs to an attention; name it with --attention.")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with _process_group(place) as rank:
         if prefill_ranks:
             if rank is None:
                 raise ValueError("--prefill-ranks needs several ranks; start with torchrun.")
+            if attention is not None:
+                raise ValueError("--attention and --prefill-ranks do not go together.")
             from undivided.distributed import generate_separated
 
             texts = generate_separated(
@@ -71,6 +86,12 @@ def command(
                 typer.echo(texts[0])
             return
         model, tokenizer = _load(src, dtype_of(dtype), place, rank, shard_mlp)
+        if attention is not None:
+            if rank is not None:
+                raise ValueError("--attention runs in one process; start without torchrun.")
+            from undivided.convert import attach
+
+            model = attach(model, attention, **_options(option or []))
         if chat:
             message = [{"role": "user", "content": prompt}]
             prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
@@ -83,6 +104,20 @@ def command(
                 typer.echo(piece, nl=False)
         if rank in (None, 0):
             typer.echo()
+
+
+def _options(given: list[str]) -> dict[str, Any]:
+    """Reads `name=value`, where a value is a number, true, false or a word."""
+    found = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise ValueError(f"--option {text} is not of the form name=value, such as budget=2048.")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
 
 
 def _is_latent(model: Any) -> bool:
