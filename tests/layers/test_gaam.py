@@ -126,8 +126,9 @@ def test_parameters_are_as_many_as_published():
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_every_head_for_classes_learns(attention):
-    size = 32 if attention == "gqdaam" else 64
+    size = 64
     model = LayerwiseGAT(8, size, 3, attention=attention, channels=16)
+    assert model.image == ((4, 8) if attention == "gqdaam" else (8, 8))
     hidden = tuple(torch.randn(6, 4, size) for _ in range(9))
     labels = torch.arange(6) % 3
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -194,7 +195,8 @@ def test_the_gate_ranks_the_features_that_tell_the_classes():
         ),
         (lambda: DensityAdaptiveAttention(4, 3)(torch.randn(2, 8, 4)), "num_heads=3 does not divide the 8"),
         (lambda: DensityAdaptiveAttention(4)(torch.randn(2, 8)), r"must be \[batch, layers, 4\]"),
-        (lambda: LayerwiseGAT(8, 60, 3), "no square image: 60; pad them to 64"),
+        (lambda: LayerwiseGAT(8, 62, 3), "62 features make no image of at most 1 to 2; pad them to 64"),
+        (lambda: LayerwiseGAT(8, 40, 3, attention="gqdaam"), "hidden_size=40 must be a multiple of 16"),
         (lambda: LayerwiseGAT(8, 64, 3, attention="dot"), "attention='dot' is not one of"),
         (lambda: LayerwiseGAT(6, 64, 3), "num_heads=8 does not divide num_layers=6"),
     ],

@@ -183,7 +183,8 @@ class DensityAdaptiveAttention(nn.Module):
 
     With y the mean over time of `x [B, layers, time, d]`, mean and biased variance over a head's layers, and
     `t = (y - (mean + delta)) / sqrt(variance + 1e-5)`: `out = x * exp(-t^2 / (2 c))`. Heads cut the layers, H of them
-    with `2 H d` parameters. c stands for a variance: it is not squared, and nothing is normalised to a sum of one.
+    with `2 H d` parameters. c stands for a variance: it is not squared, and nothing is normalised to a sum of one. A
+    head of a single layer weighs it with 1: there is nothing to compare it with.
 
     Args:
         hidden_size: width d.

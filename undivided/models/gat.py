@@ -18,12 +18,13 @@ ATTENTIONS = ("daam", "gaam", "gqdaam", "mha", "mha_bn", "none")
 class LayerwiseGAT(nn.Module):
     """Classifies by an encoder's hidden layers: mean over time, attention over layers, two convolutions, a linear map.
 
-    Each layer's d features are a square image of `sqrt(d)` pixels, and the layers are its channels: `Conv(L -> 512) ->
-    ReLU -> Conv(512 -> L) -> ReLU -> Linear(L d -> classes)`, 3 x 3 kernels.
+    Each layer's d features are an image, square where d is (else of the two factors of d that are nearest, at most 1 to
+    2), and the layers are its channels: `Conv(L -> 512) -> ReLU -> Conv(512 -> L) -> ReLU -> Linear(L d -> classes)`,
+    3 x 3 kernels.
 
     Args:
         num_layers: encoder layers L, without the embedding.
-        hidden_size: width d, a square; pad features that are none.
+        hidden_size: width d.
         num_classes: classes.
         attention: over the layers: "daam" (density), "gaam" (published layer, residual), "gqdaam" (density, then
             grouped-query attention of half the width), "mha", "mha_bn" (with batch normalisation) or "none".
@@ -34,7 +35,8 @@ class LayerwiseGAT(nn.Module):
         ValueError: a size does not fit, or `attention` is unknown.
 
     Source: Gaussian Adaptive Attention (arXiv 2401.11143), experiments, and the authors' CIFAR100 scripts. The grouped-
-    query attention there sums queries of a group before the softmax; here each has its own.
+    query attention there sums queries of a group before the softmax, and its 512 features do not fit the image of
+    32 x 32 that follows; here each query has its own softmax, and the image is 16 x 32.
     """
 
     def __init__(
@@ -48,22 +50,20 @@ class LayerwiseGAT(nn.Module):
         channels: int = 512,
     ) -> None:
         super().__init__()
-        side = math.isqrt(hidden_size)
         if attention not in ATTENTIONS:
             raise ValueError(f"attention={attention!r} is not one of {', '.join(map(repr, ATTENTIONS))}.")
-        if attention == "gqdaam":
-            if hidden_size % 16:
-                raise ValueError(
-                    f"hidden_size={hidden_size} must be a multiple of 16: eight heads of half of it."
-                )
-            side = math.isqrt(hidden_size // 2)
+        if attention == "gqdaam" and hidden_size % 16:
+            raise ValueError(
+                f"hidden_size={hidden_size} must be a multiple of 16: eight heads of half of it."
+            )
         width = hidden_size if attention != "gqdaam" else hidden_size // 2
-        if side * side != width:
-            near = (side + 1) ** 2
-            raise ValueError(f"the features are no square image: {width}; pad them to {near}.")
+        height = max(h for h in range(1, math.isqrt(width) + 1) if width % h == 0)
+        if width > 2 * height * height:
+            near = math.isqrt(width - 1) + 1
+            raise ValueError(f"{width} features make no image of at most 1 to 2; pad them to {near * near}.")
         if attention in ("daam", "gqdaam") and num_layers % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide num_layers={num_layers}.")
-        self.attention, self.side = attention, side
+        self.attention, self.image = attention, (height, width // height)
         if attention in ("daam", "gqdaam"):
             self.mix: nn.Module = DensityAdaptiveAttention(hidden_size, num_heads)
         elif attention == "gaam":
@@ -99,7 +99,7 @@ class LayerwiseGAT(nn.Module):
             x = self.norm(x)
         if self.attention == "gqdaam":
             x = self.grouped(self.reduce(x))
-        x = x.unflatten(-1, (self.side, self.side))
+        x = x.unflatten(-1, self.image)
         x = torch.relu(self.conv2(torch.relu(self.conv1(x))))
         return self.classifier(x.flatten(1))
 
