@@ -20,7 +20,7 @@ from undivided.convert._host import host_sharing_weights, native_model
 from undivided.convert._moments import Progress, no_progress
 from undivided.convert._report import ConversionLog, Report
 from undivided.layers._base import grouped_query_dimensions
-from undivided.layers.dha import DecoupledHeadAttention
+from undivided.layers.dha import DecoupledHeadAttention, Groups
 from undivided.models.evaluation import cache_bytes_per_token
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from undivided.models.checkpoint import WorkFolder
 
 KINDS = ("k_proj", "v_proj")
-# Heads of a layer: for each kind, groups of query heads that share one.
-Groups = dict[str, Tensor]
 
 
 def convert_dha(
@@ -155,7 +153,7 @@ def group_counts(num_heads: int) -> list[int]:
     return [size for size in range(1, num_heads + 1) if num_heads % size == 0]
 
 
-def head_weights(source: PreTrainedModel, layer_idx: int) -> Groups:
+def head_weights(source: PreTrainedModel, layer_idx: int) -> dict[str, Tensor]:
     """Returns the projections of each query head's keys and values, `[H, head_dim, C]`, copies where it shares them."""
     attention = source.get_decoder().layers[layer_idx].self_attn
     sizes, heads = grouped_query_dimensions(source.config), source.config.num_attention_heads
@@ -250,7 +248,7 @@ def _anneal(table: list[list[float]], groups: list[list[int]], seed: int, steps:
     return best
 
 
-def group_layer(weights: Groups, counts: tuple[int, ...], seed: int = 0) -> Groups:
+def group_layer(weights: dict[str, Tensor], counts: tuple[int, ...], seed: int = 0) -> Groups:
     """Returns the groups of a layer's keys and of its values, each by its own similarity.
 
     Args:

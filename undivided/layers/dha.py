@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from undivided.spec import AttentionSpec
 
 
+# Of one layer: for "k_proj" and for "v_proj" which query heads share a head, `[groups, size]`.
+Groups = dict[str, torch.Tensor]
+
+
 class DecoupledHeadAttention(GQAttention):
     """Decoupled-head attention: `y = concat_h(softmax(scale * q_h k_mk(h)^T) v_mv(h)) W_O`, two maps m of heads.
 

@@ -6,7 +6,7 @@ Source: DHA (arXiv 2406.06567), section 4; the form of the constraint is that of
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 if TYPE_CHECKING:
-    from undivided.convert._moments import Progress
-    from undivided.convert.dha import Groups
+    from undivided.layers.dha import Groups
 
 LOSSES = ("operator", "weight")
 _OPERATOR_RATE = 1e-2
@@ -191,7 +190,7 @@ def fuse(
     grouped: Sequence[Groups],
     sequences: torch.Tensor | None,
     recipe: FusionRecipe,
-    progress: Progress = lambda iterable, description: iterable,
+    progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda iterable, description: iterable,
 ) -> torch.Tensor:
     """Trains a model so that the heads of each group become equal, and leaves it with the heads that came of it.
 

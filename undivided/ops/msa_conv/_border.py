@@ -27,3 +27,9 @@ def inside(size: tuple[int, int], offset: tuple[int, int], device: torch.device)
     )
     rows, columns = along
     return rows[:, None] & columns[None, :]
+
+
+def empty_like_tokens(x: torch.Tensor, width: int) -> torch.Tensor:
+    """An empty `[batch, heads, height, width of the map, width]` in which the heads of a token are side by side."""
+    batch, heads, rows, columns, _ = x.shape
+    return x.new_empty((batch, rows, columns, heads, width)).movedim(3, 1)

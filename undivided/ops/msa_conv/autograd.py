@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from undivided.ops.msa_conv._border import empty_like_tokens
+
 _INPUTS = "Tensor query, Tensor key, Tensor value"
 _OPTIONS = "int[] kernel_size, int[] dilation, str border, float scale"
 torch.library.define("undivided::msa_conv_forward", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
@@ -25,12 +27,6 @@ def _backward(*arguments):
     from undivided.ops.msa_conv import backward
 
     return backward.backward(*arguments)
-
-
-def empty_like_tokens(x: torch.Tensor, width: int) -> torch.Tensor:
-    """An empty `[batch, heads, height, width of the map, width]` in which the heads of a token are side by side."""
-    batch, heads, rows, columns, _ = x.shape
-    return x.new_empty((batch, rows, columns, heads, width)).movedim(3, 1)
 
 
 @torch.library.register_fake("undivided::msa_conv_forward")

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from undivided.ops._flash import LOG2E, block_width, precision
-from undivided.ops.msa_conv.autograd import empty_like_tokens
+from undivided.ops.msa_conv._border import empty_like_tokens
 
 
 @triton.jit
