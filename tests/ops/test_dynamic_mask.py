@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from tests.ops.whole_graphs import assert_compiles_whole, assert_host_never_waits
 from undivided.ops import dense_attention, dynamic_mask_attention
 from undivided.ops.dynamic_mask._rank import best_keys, key_order
 from undivided.ops.dynamic_mask.reference import kept_keys
@@ -335,35 +336,16 @@ def test_compiles_into_one_graph(backend, device):
         for name, t in inputs(batch=1, heads=2, key_heads=1, dtype=torch.float32, device=device).items()
     }
     function = call(backend, 6)
-    eager = function(**x)
-    torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(**x)
-    torch.testing.assert_close(compiled, eager)
-    for ours, theirs in zip(
-        torch.autograd.grad(compiled.sum(), list(x.values())),
-        torch.autograd.grad(eager.sum(), list(x.values())),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs)
+    assert_compiles_whole(function, x)
 
 
 @pytest.mark.gpu
 def test_the_host_never_waits():
-    x = inputs(dtype=torch.bfloat16, length=300, device="cuda")
-    leaves = {name: tensor.requires_grad_() for name, tensor in x.items()}
-    function = call("triton", 50)
-    function(**leaves).sum().backward()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = function(**leaves)
-        gradients = torch.autograd.grad(out.sum(), list(leaves.values()))
-    graph.replay()
-    expected = function(**leaves)
-    assert torch.equal(out, expected)
-    for found, gradient in zip(
-        gradients, torch.autograd.grad(expected.sum(), list(leaves.values())), strict=True
-    ):
-        assert torch.equal(found, gradient)
+    x = {
+        name: tensor.requires_grad_()
+        for name, tensor in inputs(dtype=torch.bfloat16, length=300, device="cuda").items()
+    }
+    assert_host_never_waits(call("triton", 50), x)
 
 
 COMPILES = """

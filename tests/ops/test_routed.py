@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from tests.ops.whole_graphs import assert_compiles_whole, assert_host_never_waits
 from undivided.ops import dense_attention, routed_attention
 from undivided.ops.routed import BACKENDS
 from undivided.testing import compare_op, poison_padding, poison_surroundings, poisoned_empty
@@ -247,35 +248,15 @@ def test_operators_pass_opcheck(device):
 def test_compiles_into_one_graph(backend, device):
     x = {name: t.requires_grad_() for name, t in inputs(dtype=HALF, device=device).items()}
     function = call(backend, chosen(x))
-    eager = function(**x)
-    torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(**x)
-    torch.testing.assert_close(compiled, eager)
-    for ours, theirs in zip(
-        torch.autograd.grad(compiled.sum(), list(x.values())),
-        torch.autograd.grad(eager.sum(), list(x.values())),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs)
+    assert_compiles_whole(function, x)
 
 
 @pytest.mark.gpu
 def test_the_host_never_waits():
-    x = inputs(dtype=torch.bfloat16, device="cuda")
-    leaves = {name: tensor.requires_grad_() for name, tensor in x.items()}
-    function = call("triton", chosen(x))
-    function(**leaves).sum().backward()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = function(**leaves)
-        gradients = torch.autograd.grad(out.sum(), list(leaves.values()))
-    graph.replay()
-    expected = function(**leaves)
-    assert torch.equal(out, expected)
-    for ours, theirs in zip(
-        gradients, torch.autograd.grad(expected.sum(), list(leaves.values())), strict=True
-    ):
-        assert torch.equal(ours, theirs)
+    x = {
+        name: tensor.requires_grad_() for name, tensor in inputs(dtype=torch.bfloat16, device="cuda").items()
+    }
+    assert_host_never_waits(call("triton", chosen(x)), x)
 
 
 COMPILES = """

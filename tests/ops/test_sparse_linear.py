@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.ops.whole_graphs import assert_compiles_whole
 from undivided.ops import block_classes, linear_attention, selected_attention, sparse_linear_attention
 from undivided.ops.block_map import pool_blocks, token_blocks
 from undivided.ops.sparse_linear import class_counts, lists_of
@@ -312,16 +313,7 @@ def test_compiles_into_one_graph(backend, device):
     x = inputs(heads=1, length=45, dtype=HALF, device=device)
     x = {name: tensor.requires_grad_() for name, tensor in x.items()}
     function = call(backend, topk=0.3)
-    eager = function(**x)
-    torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(**x)
-    torch.testing.assert_close(compiled, eager)
-    for ours, theirs in zip(
-        torch.autograd.grad(compiled.sum(), list(x.values())),
-        torch.autograd.grad(eager.sum(), list(x.values())),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs)
+    assert_compiles_whole(function, x)
 
 
 @pytest.mark.gpu
