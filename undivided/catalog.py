@@ -331,7 +331,7 @@ SYSTEMS: tuple[System, ...] = (
     System(
         33, "fit", "FIT", "FIT: Far-reaching Interleaved Transformers", 2023, "2305.12689", "vision",
         "Interleaves local layers on token groups with global layers on latents, for huge inputs.",
-        ("undivided.layers.fit", "undivided.models.fit"), "works", "official",
+        ("undivided.layers.fit", "undivided.models.fit"), "partial", "official",
     ),
     System(
         34, "cogvla", "CogVLA",
