@@ -27,7 +27,7 @@ def gate(backend):
 
 
 @pytest.mark.parametrize("backend", ["triton", "composed"])
-@pytest.mark.parametrize("shape", [(2, 3, 70, 5), (1, 1, 2, 1), (1, 2, 64, 33), (3, 1, 129, 1)])
+@pytest.mark.parametrize("shape", [(2, 3, 70, 5), (16, 8, 2, 1), (1, 2, 64, 33), (3, 1, 129, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_is_as_accurate_as_eager(backend, shape, dtype, device):
     with poisoned_empty():

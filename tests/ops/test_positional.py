@@ -36,7 +36,7 @@ def in_the_dtype_given(size):
     """Plain eager, over all pairs, without the wider type in between."""
 
     def attend(query, key, value, position_weight, gate):
-        y, x = (part.to(query.dtype) for part in torch.meshgrid(*map(torch.arange, size), indexing="ij"))
+        y, x = (part.to(query) for part in torch.meshgrid(*map(torch.arange, size), indexing="ij"))
         dy, dx = (place.flatten()[None] - place.flatten()[:, None] for place in (y, x))
         r = torch.stack((dx, dy, dx**2 + dy**2), -1)
         by_position = (r @ position_weight.T).permute(2, 0, 1).softmax(-1)

@@ -50,6 +50,17 @@ def masked_softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return weights, lse
 
 
+def zero_rows_without_keys(output: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Zeroes what scaled_dot_product_attention gives the queries that see no key; `mask` is boolean or additive.
+
+    On the CPU it gives zeros itself; its cuDNN kernel gives the mean of the values.
+    """
+    if mask is None or output.device.type != "cuda":
+        return output
+    seen = mask if mask.dtype == torch.bool else mask > float("-inf")
+    return output.masked_fill(~seen.any(dim=-1, keepdim=True), 0.0)
+
+
 def check_floating(**tensors: torch.Tensor | None) -> None:
     """Raises a TypeError or ValueError unless all tensors are floating, of one dtype and on one device."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from undivided.ops._rules import zero_rows_without_keys
+
 # A block shorter than this leaves a GPU's tiles empty, however narrow the window.
 _LEAST_BLOCK = 64
 
@@ -40,7 +42,7 @@ def attend(query, key, value, attn_mask, is_causal, window, scale, softcap, retu
     row = torch.arange(block, device=query.device)[:, None]
     column = torch.arange(window + block, device=query.device)
     seen = (column > row) & (column <= row + window)
-    # The first blocks alone reach the padding; all others share one small mask.
+    # The first blocks alone reach the padding, and may have queries without a key; all others share one small mask.
     edge = min(-(-max(padding, 0) // block), blocks)
     parts = []
     if edge:
@@ -55,6 +57,7 @@ def attend(query, key, value, attn_mask, is_causal, window, scale, softcap, retu
 
 def _fused(query, key, value, rows, mask, scale):
     grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(
+    out = F.scaled_dot_product_attention(
         query[rows], key[rows], value[rows], attn_mask=mask, scale=scale, enable_gqa=grouped
     )
+    return zero_rows_without_keys(out, mask if mask.dim() > 2 else None)

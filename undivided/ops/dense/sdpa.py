@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from undivided.ops._rules import combined_mask
+from undivided.ops._rules import combined_mask, zero_rows_without_keys
 from undivided.ops._triton import has_capability
 
 # From how many queries behind a cache two calls of cuDNN are faster than one with a mask: the fewest measured on an
@@ -44,7 +44,9 @@ def attend(query, key, value, attn_mask, is_causal, window, scale, softcap, retu
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=plain_causal, scale=scale, enable_gqa=grouped
     )
-    return out[..., :value_dim]
+    # Causality and a window alone leave no query behind a cache without a key.
+    may_be_empty = attn_mask is not None or num_queries > num_keys
+    return zero_rows_without_keys(out[..., :value_dim], mask if may_be_empty else None)
 
 
 def _pays_in_two_calls(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:

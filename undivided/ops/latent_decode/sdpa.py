@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from undivided.ops._rules import zero_rows_without_keys
 from undivided.ops.latent_decode._rows import cache_rows, visible
 
 
@@ -49,4 +50,5 @@ def attend(
     if mask is not None:
         mask = mask.expand(-1, heads if mask.shape[1] > 1 else latent_heads * groups, -1, -1)
         mask = mask.reshape(mask.shape[0], latent_heads, groups * shape[2], mask.shape[3])
-    return F.scaled_dot_product_attention(query, key, latent, attn_mask=mask, scale=scale).reshape(shape)
+    out = F.scaled_dot_product_attention(query, key, latent, attn_mask=mask, scale=scale)
+    return zero_rows_without_keys(out, mask).reshape(shape)
