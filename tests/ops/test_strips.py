@@ -57,11 +57,13 @@ def test_the_kernels_are_as_accurate_as_the_formula(options, layout, dtype, devi
     compare_op(call("triton"), call("reference"), call("reference"), x, dtype)
 
 
-def test_a_norm_too_large_for_one_program_is_computed_by_torch(device, monkeypatch):
+@pytest.mark.parametrize("largest", [64, 16], ids=["normed by a kernel", "normed by torch"])
+def test_a_norm_too_large_for_one_program_takes_a_launch_a_step(largest, device, monkeypatch):
     from undivided.ops.strips import triton
 
     x, call = case(**CASES["depthwise"], device=device)
-    monkeypatch.setattr(triton, "_LARGEST_GROUP", 16)
+    monkeypatch.setattr(triton, "_LARGEST_FUSED", 16)
+    monkeypatch.setattr(triton, "_LARGEST_GROUP", largest)
     compare_op(call("triton"), call("reference"), call("reference"), x, torch.float32)
 
 

@@ -98,7 +98,7 @@ def _speed(device: str, quick: bool) -> Iterator[Row]:
             }
             with torch.no_grad():
                 calls = {name: partial(module, x) for name, module in modules.items()}
-                times = time_rivals(calls, device, samples=30, seconds=0.05)
+                times = time_rivals(calls, device, method="graph", samples=30, seconds=0.05)
             found = {name: timing.median for name, timing in times.items()}
             least = ceilings.floor(bytes_moved=3 * x.numel() * x.element_size())
             words = f"{list(shape)}, bf16, {'channels last' if layout is torch.channels_last else 'NCHW'}"

@@ -1,4 +1,9 @@
-"""The generalised mean in Triton: a logarithm and an exponential of each token, which is read once."""
+"""The generalised mean in Triton: a logarithm and an exponential of each token, which is read once.
+
+A thread keeps to its channels and to every so-many-th token, with a maximum and a sum of its own; threads meet once,
+at the end. The two functions of an entry take as long as reading it, so that nothing else may be dear: in 16 bits the
+logarithm is the hardware's, of an error of 2**-22, in place of a dozen instructions.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +11,39 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK_N, BLOCK_C, WARPS = 64, 64, 4
+from undivided.ops._triton import interprets
+
+# Entries that a step of a program reads in one go, and how often it does so in a step.
+_ENTRIES, _REPEATS, _WARPS = 1024, 4, 4
+# Programs that fill a GPU; with fewer, fewer channels go to one.
+_MANY_PROGRAMS = 1024
 
 
-# One program: BLOCK_C channels of one image, all tokens. In registers: a largest logarithm and a sum a channel. It
-# reads its tokens once and writes one number a channel, and with WITH_LOG another, for the backward.
+@triton.jit
+def _log2(x, APPROXIMATE: tl.constexpr):
+    if APPROXIMATE:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def _places(start, stride_n, channel_offset, REPEATS: tl.constexpr, ROWS: tl.constexpr):
+    """Tokens of a step `[REPEATS, ROWS, 1]`, and their entries' offsets `[REPEATS, ROWS, channels]`."""
+    row = start + tl.arange(0, REPEATS)[:, None, None] * ROWS + tl.arange(0, ROWS)[None, :, None]
+    return row, row * stride_n + channel_offset[None, None, :]
+
+
+# One program: BLOCK_C channels of one image, all tokens. In registers: of each of ROWS tokens and of each channel a
+# largest logarithm and a sum. It reads its tokens once and writes one number a channel, and with WITH_LOG another,
+# for the backward.
 @triton.jit(do_not_specialize=("tokens",))
 def _forward_kernel(
     x, power, out, log_out, eps, tokens, channels, stride_b, stride_n, stride_c,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, WITH_LOG: tl.constexpr,
+    BLOCK_C: tl.constexpr, ROWS: tl.constexpr, REPEATS: tl.constexpr, APPROXIMATE: tl.constexpr,
+    WITH_LOG: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -23,20 +52,21 @@ def _forward_kernel(
     x += batch * stride_b
     # int64: a map's channels may lie a whole map apart.
     offset = column.to(tl.int64) * stride_c
-    top = tl.full([BLOCK_C], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_C], tl.float32)
-    for start in tl.range(0, tokens, BLOCK_N):
-        row = start + tl.arange(0, BLOCK_N)
-        present = (row < tokens)[:, None]
-        entry = tl.load(
-            x + row[:, None] * stride_n + offset[None, :], mask=present & inside[None, :], other=1.0
-        )
-        logs = tl.log2(tl.maximum(entry.to(tl.float32), eps)) * p[None, :]
+    # Finite, so that a thread without tokens subtracts no infinities.
+    top = tl.full([ROWS, BLOCK_C], -1e30, tl.float32)
+    total = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    for start in tl.range(0, tokens, ROWS * REPEATS):
+        row, place = _places(start, stride_n, offset, REPEATS, ROWS)
+        present = row < tokens
+        entry = tl.load(x + place, mask=present & inside[None, None, :], other=1.0)
+        logs = _log2(tl.maximum(entry.to(tl.float32), eps), APPROXIMATE) * p[None, None, :]
         logs = tl.where(present, logs, float("-inf"))
         new_top = tl.maximum(top, tl.max(logs, 0))
-        total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(logs - new_top[None, :]), 0)
+        total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(logs - new_top[None, :, :]), 0)
         top = new_top
-    log_mean = (top + tl.log2(total / tokens)) / p
+    largest = tl.max(top, 0)
+    whole = tl.sum(total * tl.exp2(top - largest[None, :]), 0)
+    log_mean = (largest + tl.log2(whole / tokens)) / p
     place = batch * channels + column
     tl.store(out + place, tl.exp2(log_mean).to(out.dtype.element_ty), mask=inside)
     if WITH_LOG:
@@ -48,7 +78,8 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=("tokens",))
 def _backward_kernel(
     dout, x, power, log_out, dx, dpower, eps, tokens, channels, stride_b, stride_n, stride_c,
-    dx_stride_b, dx_stride_n, dx_stride_c, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    dx_stride_b, dx_stride_n, dx_stride_c, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, REPEATS: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -56,26 +87,46 @@ def _backward_kernel(
     p = tl.load(power + column, mask=inside, other=1.0)
     place = batch * channels + column
     log_mean = tl.load(log_out + place, mask=inside, other=0.0)
-    gradient = tl.load(dout + place, mask=inside, other=0.0).to(tl.float32)
+    slope = tl.load(dout + place, mask=inside, other=0.0).to(tl.float32) / tokens
+    over_mean = tl.exp2(-log_mean)
     x += batch * stride_b
     dx += batch * dx_stride_b
     offset = column.to(tl.int64) * stride_c
     dx_offset = column.to(tl.int64) * dx_stride_c
-    total = tl.zeros([BLOCK_C], tl.float32)
-    for start in tl.range(0, tokens, BLOCK_N):
-        row = start + tl.arange(0, BLOCK_N)
-        mask = (row < tokens)[:, None] & inside[None, :]
-        entry = tl.load(x + row[:, None] * stride_n + offset[None, :], mask=mask, other=1.0).to(tl.float32)
-        relative = tl.log2(tl.maximum(entry, eps)) - log_mean[None, :]
-        total += tl.sum(tl.where(mask, tl.exp2(p[None, :] * relative) * relative, 0.0), 0)
-        share = tl.exp2((p[None, :] - 1.0) * relative)
-        slope = tl.where(entry > eps, share, 0.0) * (gradient / tokens)[None, :]
-        tl.store(
-            dx + row[:, None] * dx_stride_n + dx_offset[None, :], slope.to(dx.dtype.element_ty), mask=mask
-        )
+    total = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    for start in tl.range(0, tokens, ROWS * REPEATS):
+        row, place_x = _places(start, stride_n, offset, REPEATS, ROWS)
+        mask = (row < tokens) & inside[None, None, :]
+        entry = tl.load(x + place_x, mask=mask, other=1.0).to(tl.float32)
+        above = tl.maximum(entry, eps)
+        relative = _log2(above, APPROXIMATE) - log_mean[None, None, :]
+        share = tl.exp2((p - 1.0)[None, None, :] * relative)
+        weight = share * above * over_mean[None, None, :] * relative
+        total += tl.sum(tl.where(mask, weight, 0.0), 0)
+        gradient = tl.where(entry > eps, share, 0.0) * slope[None, None, :]
+        place_dx = _places(start, dx_stride_n, dx_offset, REPEATS, ROWS)[1]
+        tl.store(dx + place_dx, gradient.to(dx.dtype.element_ty), mask=mask)
     # Logarithms are in base 2.
-    dp = gradient * tl.exp2(log_mean) / p * total / tokens * 0.6931471805599453
+    dp = slope * tl.exp2(log_mean) / p * tl.sum(total, 0) * 0.6931471805599453
     tl.store(dpower + place, dp, mask=inside)
+
+
+def _cut(x: torch.Tensor) -> dict[str, int]:
+    """Returns how tokens are cut: what lies side by side in memory goes to the threads of a warp."""
+    batch, _, channels = x.shape
+    if x.stride(2) != 1:
+        block = 8
+    else:
+        block = 128 if batch * triton.cdiv(channels, 128) >= _MANY_PROGRAMS else 64
+    # The interpreter knows no assembly.
+    approximate = x.dtype != torch.float32 and not interprets()
+    return {
+        "BLOCK_C": block,
+        "ROWS": _ENTRIES // block,
+        "REPEATS": _REPEATS,
+        "APPROXIMATE": approximate,
+        "num_warps": _WARPS,
+    }
 
 
 def forward(x, power, eps, *, with_log=True):
@@ -83,10 +134,19 @@ def forward(x, power, eps, *, with_log=True):
     batch, tokens, channels = x.shape
     out = x.new_empty((batch, channels))
     log_out = x.new_empty((batch, channels) if with_log else 0, dtype=torch.float32)
-    _forward_kernel[batch, triton.cdiv(channels, BLOCK_C)](
-        x, power.float().contiguous(), out, log_out, eps, tokens, channels, *x.stride(),
-        BLOCK_N=BLOCK_N, BLOCK_C=BLOCK_C, WITH_LOG=with_log, num_warps=WARPS,
-    )  # fmt: skip
+    cut = _cut(x)
+    _forward_kernel[batch, triton.cdiv(channels, cut["BLOCK_C"])](
+        x,
+        power.float().contiguous(),
+        out,
+        log_out,
+        eps,
+        tokens,
+        channels,
+        *x.stride(),
+        WITH_LOG=with_log,
+        **cut,
+    )
     return out, log_out
 
 
@@ -95,8 +155,9 @@ def backward(dout, x, power, log_out, eps):
     batch, tokens, channels = x.shape
     dx = torch.empty_like(x)
     dpower = torch.empty_like(log_out)
-    _backward_kernel[batch, triton.cdiv(channels, BLOCK_C)](
+    cut = _cut(x)
+    _backward_kernel[batch, triton.cdiv(channels, cut["BLOCK_C"])](
         dout.contiguous(), x, power.float().contiguous(), log_out, dx, dpower, eps, tokens, channels,
-        *x.stride(), *dx.stride(), BLOCK_N=BLOCK_N, BLOCK_C=BLOCK_C, num_warps=WARPS,
+        *x.stride(), *dx.stride(), **cut,
     )  # fmt: skip
     return dx, dpower.sum(0)

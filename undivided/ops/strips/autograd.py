@@ -14,6 +14,11 @@ _GATES = "Tensor row_gate, Tensor column_gate"
 _WEIGHTS = (
     "Tensor conv, Tensor norm, Tensor bias, int conv_groups, int norm_groups, float eps, bool is_circular"
 )
+torch.library.define(
+    "undivided::strip_attend",
+    "(Tensor x, Tensor[] weights, int conv_groups, int norm_groups, float eps, bool is_circular, bool residual)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 torch.library.define("undivided::strip_means", "(Tensor x) -> (Tensor, Tensor)")
 torch.library.define("undivided::strip_gate", f"(Tensor strip, {_WEIGHTS}, ScalarType dtype) -> Tensor")
 torch.library.define("undivided::strip_products", f"(Tensor x, {_GATES}, bool residual) -> Tensor")
@@ -24,6 +29,13 @@ torch.library.define(
     "undivided::strip_map_gradient",
     f"(Tensor dout, {_GATES}, Tensor row_add, Tensor column_add, bool residual, Tensor x) -> Tensor",
 )
+
+
+@torch.library.impl("undivided::strip_attend", "default")
+def _attend_impl(*arguments):
+    from undivided.ops.strips import triton
+
+    return triton.attend(*arguments)
 
 
 @torch.library.impl("undivided::strip_means", "default")
@@ -64,6 +76,12 @@ def _map_gradient(*arguments):
     return triton.map_gradient(*arguments)
 
 
+@torch.library.register_fake("undivided::strip_attend")
+def _attend_fake(x, *options):
+    means = _means_fake(x)
+    return torch.empty_like(x), *means, *(torch.empty_like(mean, dtype=x.dtype) for mean in means)
+
+
 @torch.library.register_fake("undivided::strip_means")
 def _means_fake(x):
     batch, channels, height, width = x.shape
@@ -91,12 +109,21 @@ def _map_gradient_fake(dout, row_gate, column_gate, row_add, column_add, residua
 
 
 def _attend(x, weights, options, residual):
+    if _is_one_launch(x, *options[:2]):
+        out, *found = torch.ops.undivided.strip_attend(x, weights, *options, residual)
+        return out, found[:2], found[2:]
     means = torch.ops.undivided.strip_means(x)
     gates = [
         torch.ops.undivided.strip_gate(mean, *own, *options, x.dtype)
         for mean, own in zip(means, (weights[:3], weights[3:]), strict=True)
     ]
     return torch.ops.undivided.strip_products(x, *gates, residual), means, gates
+
+
+def _is_one_launch(x: torch.Tensor, conv_groups: int, norm_groups: int) -> bool:
+    from undivided.ops.strips import triton
+
+    return triton.is_one_launch(x, conv_groups, norm_groups)
 
 
 class StripAttention(torch.autograd.Function):

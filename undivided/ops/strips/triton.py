@@ -3,6 +3,9 @@
 A program has some channels of one image and goes down the rows, so that what belongs to the columns stays in
 registers. Channels lie side by side (channels last) or a map apart: the tile `[channels, rows, columns]` is cut so
 that what lies side by side in memory is read together.
+
+The gates need all channels of a group of the norm. Where these are few enough, one program has them all and the
+forward is one launch, in which the second pass finds the map in the L2 cache; else it is one launch a step.
 """
 
 from __future__ import annotations
@@ -13,18 +16,19 @@ import torch
 import triton
 import triton.language as tl
 
-# Elements of a tile of the map, where several small maps make it up, and of a strip's group that one program norms.
-_TILE, _SMALL_TILE, _LARGEST_GROUP = 4096, 2048, 16384
+# Elements of a tile of the map, where several small maps make it up, and of a strip's group that one program norms,
+# alone and between the two passes.
+_TILE, _SMALL_TILE, _LARGEST_GROUP, _LARGEST_FUSED = 4096, 2048, 16384, 4096
 _SIZES = ("height", "width")
 
 
-def cut(x: torch.Tensor) -> dict[str, int]:
-    """Returns how a map is cut: whole rows, of many channels where these lie side by side or rows are short.
+def cut(x: torch.Tensor, channels: int) -> dict[str, int]:
+    """Returns how channels of a map are cut: whole rows, of many channels where these lie side by side or are small.
 
     With it what width, stride of a channel and stride of a row can be divided by, up to 16, which decides how much is
     read at once.
     """
-    columns, rows, channels = (triton.next_power_of_2(x.shape[axis]) for axis in (3, 2, 1))
+    columns, rows, channels = (triton.next_power_of_2(size) for size in (x.shape[3], x.shape[2], channels))
     if x.stride(1) == 1:
         channels = min(64, channels)
         rows = min(rows, max(1, _TILE // (channels * columns)))
@@ -74,30 +78,24 @@ def store_strip(
     tl.store(strip + channel[:, None] * length + place[None, :], values, mask=mask)
 
 
-# One program: some channels of one image. It reads them once and writes the means of their strips; with IS_GRADIENT
-# it reads the gradient too and writes the gradients of both gates, sums of `dout * x` times the other gate.
-@triton.jit(do_not_specialize=_SIZES)
-def _sum_kernel(
-    x, dout, row_gate, column_gate, row_out, column_out, channels, height, width,
-    stride_b, stride_c, stride_h, stride_w,
+@triton.jit
+def _sums(
+    x, dout, row_gate, column_gate, row_out, column_out, first_channel, end, height, width,
+    stride_c, stride_h, stride_w,
     BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ALIGN: tl.constexpr, ALIGN_C: tl.constexpr,
     ALIGN_H: tl.constexpr, IS_GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    batch = tl.program_id(0).to(tl.int64)
-    first_channel = tl.program_id(1) * BLOCK_C
+    """The means of the strips of channels `first_channel ... end - 1` of an image, which are read once.
+
+    With IS_GRADIENT the gradient is read too, and what is written are the gradients of both gates, sums of
+    `dout * x` times the other gate.
+    """
     offset, own = channel_offsets(
-        first_channel, channels, width, stride_c, stride_w, BLOCK_C, BLOCK_W, ALIGN, ALIGN_C
+        first_channel, end, width, stride_c, stride_w, BLOCK_C, BLOCK_W, ALIGN, ALIGN_C
     )
-    x += batch * stride_b
     stride_h = stride_h // ALIGN_H * ALIGN_H
-    row_out += batch * channels * height
-    column_out += batch * channels * width
     if IS_GRADIENT:
-        row_gate += batch * channels * height
-        of_columns = load_strip(
-            column_gate + batch * channels * width, first_channel, channels, 0, width, BLOCK_C, BLOCK_W
-        )
-        dout += batch * stride_b
+        of_columns = load_strip(column_gate, first_channel, end, 0, width, BLOCK_C, BLOCK_W)
     total = tl.zeros([BLOCK_C, BLOCK_W], tl.float32)
     for first in tl.range(0, height, BLOCK_H):
         row = (first + tl.arange(0, BLOCK_H))[None, :, None]
@@ -105,83 +103,73 @@ def _sum_kernel(
         tile = tl.load(x + offset + row * stride_h, mask=inside, other=0.0).to(tl.float32)
         if IS_GRADIENT:
             tile *= tl.load(dout + offset + row * stride_h, mask=inside, other=0.0).to(tl.float32)
-            of_rows = load_strip(row_gate, first_channel, channels, first, height, BLOCK_C, BLOCK_H)
+            of_rows = load_strip(row_gate, first_channel, end, first, height, BLOCK_C, BLOCK_H)
             total += tl.sum(tile * of_rows[:, :, None], 1)
             along = tl.sum(tile * of_columns[:, None, :], 2)
         else:
             total += tl.sum(tile, 1)
             along = tl.sum(tile, 2) / width
-        store_strip(row_out, along, first_channel, channels, first, height, BLOCK_C, BLOCK_H)
+        store_strip(row_out, along, first_channel, end, first, height, BLOCK_C, BLOCK_H)
     if not IS_GRADIENT:
         total /= height
-    store_strip(column_out, total, first_channel, channels, 0, width, BLOCK_C, BLOCK_W)
+    store_strip(column_out, total, first_channel, end, 0, width, BLOCK_C, BLOCK_W)
 
 
-# One program: some channels of one image. It reads them once, and writes them once times both gates; with IS_GRADIENT
-# what it reads is the gradient, and to the product comes what strips add, a number a row and a number a column.
-@triton.jit(do_not_specialize=_SIZES)
-def _product_kernel(
-    x, row_gate, column_gate, row_add, column_add, out, channels, height, width,
-    stride_b, stride_c, stride_h, stride_w, out_stride_b, out_stride_c, out_stride_h, out_stride_w,
+@triton.jit
+def _multiply(
+    x, row_gate, column_gate, row_add, column_add, out, first_channel, end, height, width,
+    stride_c, stride_h, stride_w, out_stride_c, out_stride_h, out_stride_w,
     BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ALIGN: tl.constexpr, ALIGN_C: tl.constexpr,
     ALIGN_H: tl.constexpr, IS_GRADIENT: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    batch = tl.program_id(0).to(tl.int64)
-    first_channel = tl.program_id(1) * BLOCK_C
+    """Channels `first_channel ... end - 1` of an image times both gates, read once and written once.
+
+    With IS_GRADIENT what is read is the gradient, and to the product comes what strips add, a number a row and a
+    number a column.
+    """
     offset, own = channel_offsets(
-        first_channel, channels, width, stride_c, stride_w, BLOCK_C, BLOCK_W, ALIGN, ALIGN_C
+        first_channel, end, width, stride_c, stride_w, BLOCK_C, BLOCK_W, ALIGN, ALIGN_C
     )
     out_offset, _ = channel_offsets(
-        first_channel, channels, width, out_stride_c, out_stride_w, BLOCK_C, BLOCK_W, ALIGN, ALIGN_C
+        first_channel, end, width, out_stride_c, out_stride_w, BLOCK_C, BLOCK_W, ALIGN, ALIGN_C
     )
-    x += batch * stride_b
-    out += batch * out_stride_b
     stride_h = stride_h // ALIGN_H * ALIGN_H
     out_stride_h = out_stride_h // ALIGN_H * ALIGN_H
-    of_strip = batch * channels
-    of_columns = load_strip(
-        column_gate + of_strip * width, first_channel, channels, 0, width, BLOCK_C, BLOCK_W
-    )
+    of_columns = load_strip(column_gate, first_channel, end, 0, width, BLOCK_C, BLOCK_W)
     if IS_GRADIENT:
-        add_columns = (
-            load_strip(column_add + of_strip * width, first_channel, channels, 0, width, BLOCK_C, BLOCK_W)
-            / height
-        )
+        add_columns = load_strip(column_add, first_channel, end, 0, width, BLOCK_C, BLOCK_W) / height
     for first in tl.range(0, height, BLOCK_H):
         row = (first + tl.arange(0, BLOCK_H))[None, :, None]
         inside = own & (row < height)
         tile = tl.load(x + offset + row * stride_h, mask=inside, other=0.0).to(tl.float32)
-        gate = (
-            load_strip(
-                row_gate + of_strip * height, first_channel, channels, first, height, BLOCK_C, BLOCK_H
-            )[:, :, None]
-            * of_columns[:, None, :]
-        )
-        found = tile * gate
+        of_rows = load_strip(row_gate, first_channel, end, first, height, BLOCK_C, BLOCK_H)
+        found = tile * (of_rows[:, :, None] * of_columns[:, None, :])
         if RESIDUAL:
             found += tile
         if IS_GRADIENT:
-            add_rows = load_strip(
-                row_add + of_strip * height, first_channel, channels, first, height, BLOCK_C, BLOCK_H
-            )
+            add_rows = load_strip(row_add, first_channel, end, first, height, BLOCK_C, BLOCK_H)
             found += (add_rows / width)[:, :, None] + add_columns[:, None, :]
-        tl.store(out + out_offset + row * out_stride_h, found.to(out.dtype.element_ty), mask=inside)
+        # What is written is not read again here: it should not push the map out of the cache.
+        tl.store(
+            out + out_offset + row * out_stride_h, found.to(out.dtype.element_ty), mask=inside,
+            cache_modifier=".cs",
+        )  # fmt: skip
 
 
-# One program: the channels of one group of the norm of one image's strip. It reads them once for each tap and each
-# channel that the convolution mixes, mostly from the L1 cache, and writes them once.
-@triton.jit(do_not_specialize=("length",))
-def _gate_kernel(
-    strip, conv, norm, bias, out, eps, channels, length, group_channels,
+@triton.jit
+def _gate(
+    strip, conv, norm, bias, out, first_channel, eps, length, group_channels,
     BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, TAPS: tl.constexpr, MIXED: tl.constexpr,
     IS_CIRCULAR: tl.constexpr,
 ):  # fmt: skip
-    batch = tl.program_id(0).to(tl.int64)
+    """The gate of the channels of one group of the norm, of one image's strip.
+
+    The strip is read once for each tap and each channel that the convolution mixes, mostly from the L1 cache.
+    """
     own = tl.arange(0, BLOCK_C)
-    channel = tl.program_id(1) * group_channels + own
+    channel = first_channel + own
     place = tl.arange(0, BLOCK_L)
     inside = (own < group_channels)[:, None] & (place < length)[None, :]
-    strip += batch * channels * length
     total = tl.zeros([BLOCK_C, BLOCK_L], tl.float32)
     for mixed in tl.range(0, MIXED):
         source = channel // MIXED * MIXED + mixed
@@ -204,12 +192,108 @@ def _gate_kernel(
     )
     shift = tl.load(bias + channel, mask=own < group_channels, other=0.0).to(tl.float32)
     gate = 1.0 / (1.0 + tl.exp(-(centred * scale[:, None] + shift[:, None])))
-    pointers = out + batch * channels * length + channel[:, None] * length + place[None, :]
-    tl.store(pointers, gate.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + channel[:, None] * length + place[None, :], gate.to(out.dtype.element_ty), mask=inside)
+
+
+# One program: BLOCK_C channels of one image.
+@triton.jit(do_not_specialize=_SIZES)
+def _sum_kernel(
+    x, dout, row_gate, column_gate, row_out, column_out, channels, height, width,
+    stride_b, stride_c, stride_h, stride_w,
+    BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ALIGN: tl.constexpr, ALIGN_C: tl.constexpr,
+    ALIGN_H: tl.constexpr, IS_GRADIENT: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(0).to(tl.int64)
+    rows, columns = batch * channels * height, batch * channels * width
+    _sums(
+        x + batch * stride_b, dout + batch * stride_b, row_gate + rows, column_gate + columns, row_out + rows,
+        column_out + columns, tl.program_id(1) * BLOCK_C, channels, height, width, stride_c, stride_h, stride_w,
+        BLOCK_C, BLOCK_H, BLOCK_W, ALIGN, ALIGN_C, ALIGN_H, IS_GRADIENT,
+    )  # fmt: skip
+
+
+# One program: BLOCK_C channels of one image.
+@triton.jit(do_not_specialize=_SIZES)
+def _product_kernel(
+    x, row_gate, column_gate, row_add, column_add, out, channels, height, width,
+    stride_b, stride_c, stride_h, stride_w, out_stride_b, out_stride_c, out_stride_h, out_stride_w,
+    BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ALIGN: tl.constexpr, ALIGN_C: tl.constexpr,
+    ALIGN_H: tl.constexpr, IS_GRADIENT: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(0).to(tl.int64)
+    rows, columns = batch * channels * height, batch * channels * width
+    _multiply(
+        x + batch * stride_b, row_gate + rows, column_gate + columns, row_add + rows, column_add + columns,
+        out + batch * out_stride_b, tl.program_id(1) * BLOCK_C, channels, height, width, stride_c, stride_h, stride_w,
+        out_stride_c, out_stride_h, out_stride_w, BLOCK_C, BLOCK_H, BLOCK_W, ALIGN, ALIGN_C, ALIGN_H, IS_GRADIENT,
+        RESIDUAL,
+    )  # fmt: skip
+
+
+# One program: one group of the norm of one image's strip.
+@triton.jit(do_not_specialize=("length",))
+def _gate_kernel(
+    strip, conv, norm, bias, out, eps, channels, length, group_channels,
+    BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, TAPS: tl.constexpr, MIXED: tl.constexpr,
+    IS_CIRCULAR: tl.constexpr,
+):  # fmt: skip
+    image = tl.program_id(0).to(tl.int64) * channels * length
+    _gate(
+        strip + image, conv, norm, bias, out + image, tl.program_id(1) * group_channels, eps, length, group_channels,
+        BLOCK_C, BLOCK_L, TAPS, MIXED, IS_CIRCULAR,
+    )  # fmt: skip
+
+
+# One program: one group of the norm of one image, all three steps. Means and gates pass through memory, each written
+# and read by this program alone, so that a barrier of its threads is enough between two steps.
+@triton.jit(do_not_specialize=_SIZES)
+def _attend_kernel(
+    x, row_mean, column_mean, row_gate, column_gate, out, conv, norm, bias, column_conv, column_norm, column_bias,
+    eps, channels, group_channels, height, width,
+    stride_b, stride_c, stride_h, stride_w, out_stride_b, out_stride_c, out_stride_h, out_stride_w,
+    BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ALIGN: tl.constexpr, ALIGN_C: tl.constexpr,
+    ALIGN_H: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr,
+    COLUMN_TAPS: tl.constexpr, MIXED: tl.constexpr, IS_CIRCULAR: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(0).to(tl.int64)
+    first_channel = tl.program_id(1) * group_channels
+    end = first_channel + group_channels
+    x += batch * stride_b
+    rows, columns = batch * channels * height, batch * channels * width
+    row_mean += rows
+    row_gate += rows
+    column_mean += columns
+    column_gate += columns
+    for start in tl.range(first_channel, end, BLOCK_C):
+        _sums(
+            x, x, row_gate, column_gate, row_mean, column_mean, start, end, height, width, stride_c, stride_h,
+            stride_w, BLOCK_C, BLOCK_H, BLOCK_W, ALIGN, ALIGN_C, ALIGN_H, False,
+        )  # fmt: skip
+    tl.debug_barrier()
+    _gate(
+        row_mean, conv, norm, bias, row_gate, first_channel, eps, height, group_channels, GROUP, HEIGHT, TAPS, MIXED,
+        IS_CIRCULAR,
+    )  # fmt: skip
+    _gate(
+        column_mean, column_conv, column_norm, column_bias, column_gate, first_channel, eps, width, group_channels,
+        GROUP, WIDTH, COLUMN_TAPS, MIXED, IS_CIRCULAR,
+    )  # fmt: skip
+    tl.debug_barrier()
+    for start in tl.range(first_channel, end, BLOCK_C):
+        _multiply(
+            x, row_gate, column_gate, row_gate, column_gate, out + batch * out_stride_b, start, end, height, width,
+            stride_c, stride_h, stride_w, out_stride_c, out_stride_h, out_stride_w, BLOCK_C, BLOCK_H, BLOCK_W, ALIGN,
+            ALIGN_C, ALIGN_H, False, RESIDUAL,
+        )  # fmt: skip
 
 
 def _programs(x: torch.Tensor, cuts: dict[str, int]) -> tuple[int, int]:
     return x.shape[0], triton.cdiv(x.shape[1], cuts["BLOCK_C"])
+
+
+def _cut_for_both(x: torch.Tensor, out: torch.Tensor, channels: int) -> dict[str, int]:
+    found = cut(out, channels)
+    return found if x.stride() == out.stride() else found | {"ALIGN_C": 1, "ALIGN_H": 1}
 
 
 def strip_means(x):
@@ -218,7 +302,7 @@ def strip_means(x):
     rows, columns = (
         x.new_empty((batch, channels, length), dtype=torch.float32) for length in (height, width)
     )
-    cuts = cut(x)
+    cuts = cut(x, channels)
     _sum_kernel[_programs(x, cuts)](
         x, x, rows, columns, rows, columns, channels, height, width, *x.stride(), IS_GRADIENT=False, **cuts
     )
@@ -232,7 +316,7 @@ def gate_gradients(dout, x, row_gate, column_gate):
     if dout.stride() != x.stride():
         # Such as the gradient of a sum, one number for all.
         x, dout = x.contiguous(), dout.contiguous()
-    cuts = cut(x)
+    cuts = cut(x, channels)
     _sum_kernel[_programs(x, cuts)](
         x, dout, row_gate, column_gate, rows, columns, channels, height, width, *x.stride(), IS_GRADIENT=True, **cuts
     )  # fmt: skip
@@ -255,9 +339,7 @@ def map_gradient(dout, row_gate, column_gate, row_add, column_add, residual, x):
 
 def _product(x, row_gate, column_gate, row_add, column_add, out, residual, is_gradient):
     channels, height, width = x.shape[1:]
-    cuts = cut(out)
-    if x.stride() != out.stride():
-        cuts |= {"ALIGN_C": 1, "ALIGN_H": 1}
+    cuts = _cut_for_both(x, out, channels)
     _product_kernel[_programs(x, cuts)](
         x, row_gate, column_gate, row_add, column_add, out, channels, height, width, *x.stride(), *out.stride(),
         RESIDUAL=residual, IS_GRADIENT=is_gradient, **cuts,
@@ -267,6 +349,30 @@ def _product(x, row_gate, column_gate, row_add, column_add, out, residual, is_gr
 def has_gate_kernel(channels: int, norm_groups: int, length: int) -> bool:
     """Whether a group of the norm is small enough for one program."""
     return triton.next_power_of_2(channels // norm_groups) * triton.next_power_of_2(length) <= _LARGEST_GROUP
+
+
+def is_one_launch(x: torch.Tensor, conv_groups: int, norm_groups: int) -> bool:
+    """Whether one program can have all channels of a group of the norm, and all that the convolution mixes there."""
+    channels = x.shape[1] // norm_groups
+    fits = triton.next_power_of_2(channels) * triton.next_power_of_2(max(x.shape[2:])) <= _LARGEST_FUSED
+    return fits and channels % (x.shape[1] // conv_groups) == 0
+
+
+def attend(x, weights, conv_groups, norm_groups, eps, is_circular, residual):
+    """Returns the products, both means (float32) and both gates, in one launch."""
+    batch, channels, height, width = x.shape
+    of_group = channels // norm_groups
+    means = [x.new_empty((batch, channels, length), dtype=torch.float32) for length in (height, width)]
+    gates = [x.new_empty((batch, channels, length)) for length in (height, width)]
+    out = torch.empty_like(x)
+    group, rows, columns = (triton.next_power_of_2(size) for size in (of_group, height, width))
+    _attend_kernel[batch, norm_groups](
+        x, *means, *gates, out, *(weight.contiguous() for weight in weights), eps, channels, of_group, height, width,
+        *x.stride(), *out.stride(), **_cut_for_both(x, out, of_group), GROUP=group, HEIGHT=rows, WIDTH=columns,
+        TAPS=weights[0].shape[2], COLUMN_TAPS=weights[3].shape[2], MIXED=channels // conv_groups,
+        IS_CIRCULAR=is_circular, RESIDUAL=residual,
+    )  # fmt: skip
+    return out, *means, *gates
 
 
 def strip_gate(strip, conv, norm, bias, conv_groups, norm_groups, eps, is_circular, dtype):
