@@ -98,6 +98,22 @@ def test_scores_are_those_of_the_loops(queries, before, backend):
     torch.testing.assert_close(relative_attention(**x, backend=backend), expected, **EXACT)
 
 
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+def test_a_window_of_a_text_is_the_same_wherever_it_stands(backend):
+    """Only distances count: with what surrounds it hidden, a window's outputs do not depend on its place."""
+    window = scores_of_distances(20, 5, 5)
+    alone = relative_attention(**window, backend=backend)
+    for before, behind in ((1, 0), (4, 7), (11, 3)):
+        size = before + 5 + behind
+        x = scores_of_distances(20, size, size) | {name: window[name] for name in list(window)[3:]}
+        seen = torch.zeros(size, size, dtype=torch.bool)
+        seen[:, before : before + 5] = True
+        for name in ("query", "key", "value"):
+            x[name][:, :, before : before + 5] = window[name]
+        found = relative_attention(**x, attn_mask=seen, backend=backend)
+        torch.testing.assert_close(found[:, :, before : before + 5], alone, **EXACT)
+
+
 def test_blocks_are_as_accurate_as_the_whole_and_have_its_gradients(monkeypatch):
     from undivided.ops.relative import blocked
 

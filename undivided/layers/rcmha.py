@@ -60,7 +60,7 @@ class HeadConvolution(nn.Module):
             shifted = padded[:, tap : tap + length]
             if history is not None and back:
                 shifted = shifted * (history >= back)[..., None]
-            out = out + shifted * self.weight[:, tap].to(rows.dtype).repeat(heads)
+            out = torch.addcmul(out, shifted, self.weight[:, tap].to(rows.dtype).repeat(heads))
         return out
 
 

@@ -6,9 +6,38 @@ import torch
 
 from undivided.ops import _rules
 from undivided.ops._backends import Backend, select
-from undivided.ops.relative import blocked, reference
+from undivided.ops._triton import availability, interprets
+from undivided.ops.relative import autograd, blocked, reference
+
+
+def _triton(**arguments):
+    """Fused kernels in Triton, forward and backward: products with distances are shifted tile by tile."""
+    return autograd.attend(**arguments)
+
+
+def _triton_reasons(
+    query, key, value, content_bias, distance_vectors, distance_bias, attn_mask, scale, return_lse
+) -> list[str]:
+    found = availability()
+    if found:
+        return found
+    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        found.append(f"query is {str(query.dtype).removeprefix('torch.')}")
+    if query.shape[3] > 128:
+        found.append(f"head_dim is {query.shape[3]} (at most 128)")
+    if attn_mask is not None:
+        found.append("attn_mask is given (the kernels know causality only)")
+    if scale <= 0:
+        found.append(f"scale is {scale} (the kernels need a positive one)")
+    if query.device.type != "cuda" and not interprets():
+        found.append(f"query is on {query.device.type}")
+    elif query.device.type != "cuda" and query.dtype == torch.bfloat16:
+        found.append("query is bfloat16 (Triton's interpreter multiplies it wrongly)")
+    return found
+
 
 BACKENDS = (
+    Backend("triton", _triton, _triton_reasons, availability, automatic=("cuda",)),
     Backend("blocked", blocked.attend, blocked.reasons),
     Backend("reference", reference.attend, lambda **arguments: []),
 )
@@ -24,8 +53,9 @@ def relative_attention(
     distance_bias: torch.Tensor,
     attn_mask: torch.Tensor | None = None,
     scale: float | None = None,
+    return_lse: bool = False,
     backend: str = "auto",
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Causal softmax attention whose scores know how far a key lies back.
 
     `s_ij = scale * ((q_i + u) . k_j + q_i . r_d + b_d)` with `d = i + M - N - j`, the distance of key j from query i of
@@ -39,10 +69,13 @@ def relative_attention(
         distance_bias: b by distance, `[distances, heads]`.
         attn_mask: broadcasts to `[batch, heads, queries, keys]`, boolean or additive, besides causality.
         scale: default `head_dim ** -0.5`.
-        backend: "auto", "blocked" (a block of queries at a time, computed again for gradients) or "reference".
+        return_lse: also return the log-sum-exp of the scores.
+        backend: "auto", "triton", "blocked" (a block of queries at a time, computed again for gradients) or
+            "reference".
 
     Returns:
-        `[batch, heads, queries, head_dim]` of the dtype of `query`. A query that sees no key gets zero.
+        `[batch, heads, queries, head_dim]` of the dtype of `query`. A query that sees no key gets zero. With
+        `return_lse` also `[batch, heads, queries]`, natural logarithm, float32 (float64 for float64 inputs).
 
     Raises:
         ValueError: shapes do not fit; a key lies further back than there are distances.
@@ -81,6 +114,6 @@ def relative_attention(
     arguments = {
         "query": query, "key": key, "value": value, "content_bias": content_bias,
         "distance_vectors": distance_vectors, "distance_bias": distance_bias, "attn_mask": attn_mask,
-        "scale": head_dim**-0.5 if scale is None else scale,
+        "scale": head_dim**-0.5 if scale is None else scale, "return_lse": return_lse,
     }  # fmt: skip
     return select("relative_attention", BACKENDS, backend, query.device, arguments).run(**arguments)

@@ -14,11 +14,13 @@ from undivided.ops.relative.reference import attend_from
 _BLOCK = 128
 
 
-def reasons(query, key, value, content_bias, distance_vectors, distance_bias, attn_mask, scale) -> list[str]:
+def reasons(
+    query, key, value, content_bias, distance_vectors, distance_bias, attn_mask, scale, return_lse
+) -> list[str]:
     return ["query is empty"] if query.shape[2] == 0 else []
 
 
-def attend(query, key, value, content_bias, distance_vectors, distance_bias, attn_mask, scale):
+def attend(query, key, value, content_bias, distance_vectors, distance_bias, attn_mask, scale, return_lse):
     num_queries, before = query.shape[2], key.shape[2] - query.shape[2]
     parts = []
     for start in range(0, num_queries, _BLOCK):
@@ -35,4 +37,5 @@ def attend(query, key, value, content_bias, distance_vectors, distance_bias, att
             parts.append(checkpoint(attend_from, *arguments, use_reentrant=False))
         else:
             parts.append(attend_from(*arguments))
-    return torch.cat(parts, dim=2)
+    out, lse = (torch.cat(each, dim=2) for each in zip(*parts, strict=True))
+    return (out, lse) if return_lse else out

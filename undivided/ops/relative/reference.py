@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import torch
 
+from undivided.ops._rules import masked_softmax
 
-def attend(query, key, value, content_bias, distance_vectors, distance_bias, attn_mask, scale):
+
+def attend(query, key, value, content_bias, distance_vectors, distance_bias, attn_mask, scale, return_lse):
     first = key.shape[2] - query.shape[2]
-    return attend_from(
+    out, lse = attend_from(
         query, key, value, content_bias, distance_vectors, distance_bias, attn_mask, scale, first
-    )  # fmt: skip
+    )
+    return (out, lse) if return_lse else out
 
 
 def attend_from(query, key, value, content_bias, distance_vectors, distance_bias, attn_mask, scale, first):
-    """As `attend` for queries of which the first stands at key `first`; keys behind the last query may be left out."""
+    """Output and log-sums of queries of which the first stands at key `first`; keys behind the last may be left out."""
     heads, num_queries, num_keys = query.shape[1], query.shape[2], key.shape[2]
     key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
     place = torch.arange(num_queries, device=query.device) + first
@@ -27,6 +30,5 @@ def attend_from(query, key, value, content_bias, distance_vectors, distance_bias
     if attn_mask is not None:
         is_bias = attn_mask.dtype != torch.bool
         scores = scores + attn_mask if is_bias else scores.masked_fill(~attn_mask, float("-inf"))
-    empty = (scores == float("-inf")).all(-1, keepdim=True)
-    weights = torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
-    return weights.to(query.dtype) @ value
+    weights, lse = masked_softmax(scores)
+    return weights.to(query.dtype) @ value, lse
