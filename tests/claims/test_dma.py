@@ -7,6 +7,8 @@ from undivided.claims import _dma_quality as quality
 from undivided.claims import dma as claim
 from undivided.claims import load
 from undivided.claims._dma_quality import Recall, arms, recall_accuracy
+from undivided.claims._dma_tiles import deaths, trained_share
+from undivided.claims._tiny_lm import tiny_lm
 from undivided.ops.dynamic_mask.reference import kept_keys
 
 
@@ -46,7 +48,7 @@ def test_the_blocks_of_the_rival_hold_the_kept_keys_and_no_block_without_one(kee
 def test_keys_are_lost_when_better_ones_have_come():
     for bias in (torch.randn(90), torch.randn(90).round(), torch.zeros(90)):
         kept = kept_keys(bias[None, None], 90, 20, None, True, "per_row")[0, 0]
-        assert torch.equal(claim.deaths(bias, 20), kept.sum(0) + torch.arange(90))
+        assert torch.equal(deaths(bias, 20), kept.sum(0) + torch.arange(90))
 
 
 def test_scattered_keys_leave_few_tiles_to_skip():
@@ -54,6 +56,14 @@ def test_scattered_keys_leave_few_tiles_to_skip():
     assert shares["random biases"] > 0.9 > shares["clustered biases"] > shares["a constant bias"]
     # Of 64 rows of tiles the window of 1024 reaches 9 tiles back.
     assert shares["a constant bias"] == sum(min(row + 1, 9) for row in range(64)) / (64 * 65 / 2)
+
+
+def test_the_biases_of_an_untrained_model_are_a_sliding_window():
+    model = tiny_lm(arms(16)[quality.DYNAMIC])
+    share = trained_share(model, torch.randint(256, (1, 128)), 16)
+    # Of 8 rows of tiles each but the first reaches one tile back.
+    assert share == pytest.approx((2 * 8 - 1) / (8 * 9 / 2))
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_the_bars_are_at_the_lengths_that_have_one():
@@ -105,5 +115,8 @@ def test_recall_and_language_have_a_row_an_arm(monkeypatch):
     monkeypatch.setattr("undivided.data.demo_texts", lambda: DemoTexts(words, {"2024-Biden-1": words[:900]}))
     monkeypatch.setitem(quality.LANGUAGE["cpu"], "steps", 2)
     rows = list(claim.CLAIM.parts["quality"]("cpu", False))
-    assert [row.what.split(", ")[1] for row in rows] == list((quality.WINDOW, quality.DYNAMIC, quality.FULL))
+    assert [row.what.split(", ")[1] for row in rows] == [
+        quality.WINDOW, quality.DYNAMIC, "biases of the trained model", quality.FULL,
+    ]  # fmt: skip
     assert all(row.ours > 0 for row in rows) and rows[0].baseline is None and rows[1].required == 1.0
+    assert 0.4 < rows[2].ours <= 1

@@ -6,24 +6,17 @@ import torch.nn.functional as F
 
 from tests.layers.latents import positions
 from tests.tiny import VOCAB_SIZE, tiny_config
-from undivided.layers._nsa_blocks import compressed_blocks, importance, select_blocks, visible_blocks
+from undivided.layers._padding import packed_texts
 from undivided.layers.gqa import GQAttention
 from undivided.layers.nsa import BlockCompression, NSAttention
 from undivided.models.causal_lm import UndividedForCausalLM
 from undivided.models.configuration import UndividedConfig
 from undivided.ops.block_map import block_mask
+from undivided.ops.compressed import compressed_blocks, reference
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 WIDTH, HEADS, GROUPS, DIM = 16, 4, 2, 4
 SIZES = {"kernel_size": 4, "kernel_stride": 2, "block_size": 4, "topk": 3, "window": 5}
-NEEDED = {
-    "kernel_size": 4,
-    "kernel_stride": 2,
-    "block_size": 4,
-    "init_blocks": 1,
-    "local_blocks": 2,
-    "scale": 0.5,
-}
 
 
 def randomised(module: torch.nn.Module, seed: int = 0):
@@ -120,30 +113,15 @@ def test_is_what_the_paper_says_token_by_token(sizes):
     torch.testing.assert_close(layer(x, tables(27))[0][0], token_by_token(layer, x), **EXACT)
 
 
-@pytest.mark.parametrize(
-    ("kernel", "stride", "block"), [(32, 16, 64), (8, 4, 16), (16, 4, 8), (4, 4, 4), (6, 2, 2)]
-)
-def test_importance_counts_the_strides_that_blocks_share(kernel, stride, block):
-    length = 5 * block
-    blocks = compressed_blocks(length, kernel, stride)
-    weights = torch.rand(3, blocks, dtype=torch.float64)
-    expected = torch.zeros(3, 5, dtype=torch.float64)
-    for i in range(blocks):
-        for token in range(i * stride, i * stride + kernel):
-            expected[:, token // block] += weights[:, i] / stride
-    torch.testing.assert_close(importance(weights, 5, kernel, stride, block), expected, **EXACT)
-
-
-def test_importance_has_the_weights_of_the_release():
-    # One, two, two, two, one, from the compressed block before the selection block on.
-    scores = importance(torch.eye(15), 4, 32, 16, 64)
-    assert scores[3:8, 1].tolist() == [1, 2, 2, 2, 1]
-    assert scores[[2, 8], 1].tolist() == [0, 0]
+def choice_of(layer: NSAttention, query: torch.Tensor, compressed: torch.Tensor, num_keys: int):
+    _, lse = layer.attend_compressed(query, compressed, compressed, num_keys)
+    return layer.select(query, compressed, lse, num_keys)
 
 
 def test_the_choice_is_of_a_group_has_the_given_blocks_and_none_of_the_future():
     query, compressed = torch.randn(2, 4, 40, DIM), torch.randn(2, 2, compressed_blocks(40, 4, 2), DIM)
-    lists = select_blocks(query, compressed, 40, topk=4, **NEEDED)
+    layer = layer_of(topk=4)
+    lists = choice_of(layer, query, compressed, 40)
     mask = block_mask(lists, 10)
     own = torch.arange(40) // 4
     assert lists.index.shape == (2, 2, 40, 4) and torch.equal(
@@ -153,19 +131,22 @@ def test_the_choice_is_of_a_group_has_the_given_blocks_and_none_of_the_future():
     for block in (own, (own - 1).clamp(min=0)):
         assert mask.gather(-1, block[None, None, :, None].expand(2, 2, -1, 1)).all()
     # Each head alone chooses otherwise; the sum is what counts.
-    alone = select_blocks(query, compressed, 40, topk=4, first_head_only=True, **NEEDED)
+    alone = choice_of(layer_of(topk=4, scores="first_head"), query, compressed, 40)
     assert not torch.equal(alone.index, lists.index)
+    first = choice_of(layer, query[:, ::2].repeat_interleave(2, 1), compressed, 40)
+    assert torch.equal(alone.index, first.index)
     swapped = query.unflatten(1, (2, 2)).flip(2).flatten(1, 2)
-    assert torch.equal(select_blocks(swapped, compressed, 40, topk=4, **NEEDED).index, lists.index)
+    assert torch.equal(choice_of(layer, swapped, compressed, 40).index, lists.index)
 
 
 def test_the_choice_does_not_depend_on_how_many_queries_there_are(monkeypatch):
     query, compressed = torch.randn(1, 4, 40, DIM), torch.randn(1, 2, compressed_blocks(40, 4, 2), DIM)
-    lists = select_blocks(query, compressed, 40, topk=4, **NEEDED)
-    last = select_blocks(query[:, :, -3:], compressed, 40, topk=4, **NEEDED)
+    layer = layer_of(topk=4)
+    lists = choice_of(layer, query, compressed, 40)
+    last = choice_of(layer, query[:, :, -3:], compressed, 40)
     assert torch.equal(last.index, lists.index[:, :, -3:])
-    monkeypatch.setattr("undivided.layers._nsa_blocks._SCORE_BYTES", 4 * 4 * 19 * 7)
-    assert torch.equal(select_blocks(query, compressed, 40, topk=4, **NEEDED).index, lists.index)
+    monkeypatch.setattr(reference, "_WEIGHT_BYTES", 4 * 4 * 19 * 7)
+    assert torch.equal(choice_of(layer, query, compressed, 40).index, lists.index)
 
 
 def test_the_first_tokens_have_no_compressed_block_and_no_gradient():
@@ -174,12 +155,11 @@ def test_the_first_tokens_have_no_compressed_block_and_no_gradient():
         torch.randn(1, heads, 20, DIM, dtype=torch.float64) for heads in (HEADS, GROUPS, GROUPS)
     )
     query.requires_grad_()
-    out = layer.attend_compressed(query, key[:, :, :9], value[:, :, :9], 20)
+    out, _ = layer.attend_compressed(query, key[:, :, :9], value[:, :, :9], 20)
     assert not out[:, :, :3].any() and out[:, :, 3:].abs().amin() > 0
     (gradient,) = torch.autograd.grad(out.square().sum(), query)
     # The fourth token sees one block alone, whose weight is 1 whatever the query is.
     assert not gradient[:, :, :3].any() and gradient[:, :, 5:].abs().sum(-1).amin() > 0
-    assert visible_blocks(torch.arange(7), 3, 4, 2).sum(-1).tolist() == [0, 0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("window", [1, 5, 512])
@@ -284,6 +264,37 @@ def test_a_padded_batch_is_each_text_alone():
         ids, attention_mask=mask, cache_implementation="static", disable_compile=True, **options
     )
     assert torch.equal(static, both)
+
+
+@pytest.mark.parametrize("kind", ["boolean", "additive"])
+def test_texts_packed_into_one_row_are_each_alone(kind):
+    model = model_of()
+    ids = torch.randint(1, VOCAB_SIZE, (2, 31))
+    starts = ([0, 12, 13], [0, 20])
+    owner = torch.stack([(torch.arange(31)[:, None] >= torch.tensor(first)).sum(-1) for first in starts])
+    places = torch.stack(
+        [torch.arange(31) - torch.tensor(first)[o - 1] for first, o in zip(starts, owner, strict=True)]
+    )
+    mask = (owner[:, :, None] == owner[:, None]) & torch.ones(31, 31).tril().bool()
+    mask = mask[:, None]
+    if kind == "additive":
+        mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min)
+    packed = model(ids, attention_mask=mask, position_ids=places, use_cache=False).logits
+    for row, firsts in enumerate(starts):
+        for first, last in zip(firsts, [*firsts[1:], 31], strict=True):
+            alone = model(ids[row : row + 1, first:last]).logits
+            torch.testing.assert_close(packed[row : row + 1, first:last], alone, **EXACT)
+    # Without a mask of its own the base model finds the texts by their positions.
+    found = model(ids, position_ids=places, use_cache=False).logits
+    torch.testing.assert_close(found, packed, **EXACT)
+
+
+def test_other_masks_are_refused():
+    layer, x = layer_of(), hidden_states(9)
+    window = torch.ones(9, 9).tril().triu(-2).bool()[None, None].expand(2, -1, -1, -1)
+    with pytest.raises(ValueError, match="attention_mask is not that of one causal text a row"):
+        layer(x, tables(9), window)
+    assert packed_texts(window, 9) is None and packed_texts(torch.ones(1, 1, 9, 9).tril().bool(), 9) is None
 
 
 def test_beams_reorder_every_state_of_the_cache():

@@ -121,7 +121,52 @@ def test_a_global_selection_may_leave_early_rows_without_keys():
     assert (out[:, :, 14:] != 0).all()
 
 
-@pytest.mark.parametrize("selection", ["per_row", "global"])
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_relu_keeps_every_key_of_a_positive_bias_however_many(backend):
+    x = inputs()
+    # The first query keeps itself, so that none is left without a key.
+    x["key_bias"][..., 0] = 1.0
+    hidden = x | {"key_bias": x["key_bias"].masked_fill(x["key_bias"] <= 0, float("-inf"))}
+    expected = call("reference", 20)(**hidden)
+    torch.testing.assert_close(call(backend, 1, selection="relu")(**x), expected, **EXACT)
+    nothing = x | {"key_bias": -x["key_bias"].abs()}
+    assert not call("reference", 6, selection="relu")(**nothing).any()
+
+
+def test_kernels_of_relu_are_as_accurate_as_eager(device):
+    x = inputs(length=70, ties=True, batch=1, device=device)
+    reference = call("reference", 1, selection="relu")
+    compare_op(call("triton", 1, selection="relu"), reference, reference, x, torch.float32)
+    last = {name: tensor[:, :, -1:] if name == "query" else tensor for name, tensor in x.items()}
+    with torch.no_grad():
+        compare_op(
+            call("triton", 1, selection="relu"), reference, reference, last, torch.float32, grad_inputs=()
+        )
+
+
+def test_blocks_stay_or_go_as_a_whole_by_the_majority_of_what_is_seen():
+    bias = inputs(length=22)["key_bias"]
+    single = kept_keys(bias, 22, 7, None, True, "per_row")
+    kept = kept_keys(bias, 22, 7, None, True, "per_row", block_smooth=4)
+    for b, h, n in ((0, 0, 3), (0, 1, 9), (1, 0, 17), (1, 1, 21)):
+        expected = []
+        for first in range(0, n + 1, 4):
+            seen = list(range(first, min(first + 4, n + 1)))
+            if 2 * sum(bool(single[b, h, n, m]) for m in seen) > len(seen):
+                expected += seen
+        assert kept[b, h, n].nonzero().flatten().tolist() == expected
+    assert torch.equal(kept_keys(bias, 22, 7, None, True, "per_row", block_smooth=1), single)
+    x = inputs(length=22)
+    mask = x["key_bias"][:, :, None].masked_fill(
+        ~kept_keys(x["key_bias"], 22, 7, None, True, "per_row", 4), -torch.inf
+    )
+    dense = dense_attention(
+        x["query"], x["key"], x["value"], attn_mask=mask.repeat_interleave(2, 1), backend="reference"
+    )
+    torch.testing.assert_close(call("reference", 7, block_smooth=4)(**x), dense, **EXACT)
+
+
+@pytest.mark.parametrize("selection", ["per_row", "global", "relu"])
 def test_gradients_are_those_of_finite_differences(selection):
     x = inputs(batch=1, length=6, head_dim=3, value_dim=2)
     function = call("reference", 3, selection=selection)
@@ -395,7 +440,8 @@ BAD = {
     "a negative window": ({"keep_window_size": -3}, ValueError, "keep_window_size=-3 must be at least 1"),
     "half a key": ({"keep_window_size": 2.5}, TypeError, "keep_window_size=2.5 must be an integer."),
     "a truth value": ({"keep_window_size": True}, TypeError, "keep_window_size=True must be an integer."),
-    "a selection": ({"selection": "tile"}, ValueError, "selection='tile' is not one of 'per_row', 'global'."),
+    "a selection": ({"selection": "tile"}, ValueError, "selection='tile' is not one of 'per_row', 'global', 'relu'."),
+    "no key in a block": ({"block_smooth": 0}, ValueError, "block_smooth=0 must be at least 1; leave it None for"),
     "a bias": (
         {"key_bias": torch.zeros(2, 4, 20)}, ValueError,
         r"key_bias has shape \[2, 4, 20\]; it needs \[batch, key heads, keys\] = \[2, 2, 20\].",
@@ -440,6 +486,7 @@ def test_kernels_say_what_they_cannot_do(device):
         ({"attn_mask": torch.ones(20, 20, dtype=torch.bool, device=device)}, "attn_mask is given"),
         ({"is_causal": False}, "is_causal is False"),
         ({"selection": "global"}, 'selection is "global"'),
+        ({"block_smooth": 4}, r"block_smooth is 4 \(the kernels keep single keys\)"),
     ):
         with pytest.raises(
             ValueError, match=f'backend "triton" cannot run this: {reason}.*Able: "reference"'

@@ -1,12 +1,21 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from tests.ops.test_selected import EXACT, HALF, call, inputs
 from undivided.ops import dense_attention
 from undivided.ops.block_map import block_mask
-from undivided.ops.selected import selected_attention, tokens, tokens_backward, tokens_forward, tokens_index
+from undivided.ops.selected import (
+    selected_attention,
+    tokens,
+    tokens_backward,
+    tokens_forward,
+    tokens_index,
+    tokens_two_pass,
+)
 from undivided.testing import compare_op, poison_surroundings, poisoned_empty
 
 ORDERS = ("query_outer", "key_outer")
@@ -50,6 +59,34 @@ def test_kernels_with_tokens_outside_are_as_accurate_as_eager(shape, device):
     x, options = token_inputs(**(dict(queries=8, keys=21) | SHAPES[shape]), device=device)
     reference = call("reference", options)
     compare_op(call("query_outer", options), reference, reference, x, HALF)
+
+
+@pytest.mark.parametrize("head_dim", [144, 192, 256])
+@every_order
+def test_wide_heads_are_as_accurate_as_eager(order, head_dim, device):
+    x, options = token_inputs(
+        queries=5, head_dim=head_dim, value_dim=head_dim - 16, heads=2, key_heads=1, list_heads=1
+    )
+    x = {name: tensor.to(device) for name, tensor in x.items()}
+    options = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in options.items()}
+    reference = call("reference", options)
+    compare_op(call(order, options), reference, reference, x, HALF)
+
+
+@pytest.mark.parametrize(
+    "shape", ["a list a head", "a group of five", "queries that see nothing", "packed sequences"]
+)
+def test_two_passes_give_the_same_and_its_gradients(shape, device):
+    x, options = token_inputs(**SHAPES[shape], device=device)
+    single = _float32(x)
+    for ours, theirs in zip(
+        *(call(order, options)(**single) for order in ("two_pass", "key_outer")), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    # A maximum taken from another head of the group would overflow here.
+    x["query"][:, -1] *= 30
+    reference = call("reference", options)
+    compare_op(call("two_pass", options), reference, reference, x, HALF)
 
 
 @every_order
@@ -163,6 +200,28 @@ def test_a_small_buffer_changes_nothing(heads_at_a_time, device, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
 
 
+def test_a_pass_gives_its_buffers_back_before_the_next(device, monkeypatch):
+    x, options = token_inputs(heads=8, dtype=HALF, device=device)
+    slots = options["index"].shape[2] * options["index"].shape[3]
+    monkeypatch.setattr(tokens_forward, "BUFFER_BYTES", 2 * slots * 16 * 2)
+    held = []
+
+    def watched(passes):
+        def run(*sizes):
+            for part in passes(*sizes):
+                local = sys._getframe(1).f_locals
+                held.append([name for name in ("partial", "partial_lse", "tops", "dkeys") if name in local])
+                yield part
+
+        return run
+
+    for module in (tokens_forward, tokens_backward, tokens_two_pass):
+        monkeypatch.setattr(module, "passes", watched(module.passes))
+    for order in ("key_outer", "two_pass"):
+        gradients(call(order, options), x)
+    assert held == [[]] * 16
+
+
 def test_passes_cover_every_head_once_and_fit_the_buffer():
     for lists, group, heads in ((4, 8, 3), (4, 8, 8), (3, 6, 4), (5, 2, 7), (2, 1, 1)):
         buffer = tokens_forward.BUFFER_BYTES
@@ -209,6 +268,33 @@ def test_the_index_has_every_entry_once_with_tokens_ascending(chunk, device):
         assert offsets[0, head, -1] == counts[0, head].sum()
 
 
+def test_the_order_of_the_tokens_of_a_block_does_not_matter(device):
+    x, options = token_inputs(dtype=HALF, device=device)
+    lists, settings = (options["index"], options["counts"]), (16, 0.21, True, None)
+    operators = torch.ops.undivided
+    offsets, entries = operators.selected_tokens_invert(*lists, 2)
+    shuffled = entries.clone()
+    for head in range(2):
+        for block in range(2):
+            part = slice(*offsets[0, head, block : block + 2].tolist())
+            own = entries[0, head, part]
+            shuffled[0, head, part] = own[torch.randperm(len(own))]
+    assert not torch.equal(shuffled, entries)
+    found = []
+    for order in (entries, shuffled):
+        inverse = (offsets, order)
+        out, lse = operators.selected_tokens_forward(*x.values(), *lists, *inverse, *settings)
+        two = operators.selected_tokens_two_pass(*x.values(), *lists, *inverse, *settings)
+        arguments = (out, None, out, *x.values(), *lists, *inverse, lse, *settings)
+        dquery, *sums = operators.selected_tokens_backward(*arguments, True)
+        found.append(((out, lse, *two, dquery), sums))
+    for ours, theirs in zip(found[0][0], found[1][0], strict=True):
+        assert torch.equal(ours, theirs)
+    # The gradients of keys and values are sums over the tokens.
+    for ours, theirs in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
+
+
 def test_segments_cover_the_rows_of_every_block():
     offsets = torch.tensor([[0, 5, 5, 12], [0, 0, 0, 0]], dtype=torch.int32)
     table, ends = tokens_index.segments(offsets, members=2, rows=4, most_entries=12)
@@ -230,6 +316,9 @@ def test_operators_pass_opcheck_and_compile_into_one_graph(order, device):
         operators.selected_tokens_forward, (*x.values(), *lists, *given, *settings), test_utils=tests
     )
     out, lse = operators.selected_tokens_forward(*x.values(), *lists, *given, *settings)
+    torch.library.opcheck(
+        operators.selected_tokens_two_pass, (*x.values(), *lists, *inverse, *settings), test_utils=tests
+    )
     arguments = (torch.randn_like(out), None, out, *x.values(), *lists, *inverse, lse, *settings)
     torch.library.opcheck(
         operators.selected_tokens_backward, (*arguments, order == "key_outer"), test_utils=tests
@@ -254,14 +343,15 @@ import torch
 from tests.ops.ahead_of_time import compile_only, name_and_shared
 
 compile_only(name_and_shared)
-from undivided.ops.selected import tokens_backward, tokens_forward, tokens_index
+from undivided.ops.selected import tokens_backward, tokens_forward, tokens_index, tokens_two_pass
 
-for heads, size in ((2, 64),):
-    query, key, value = (torch.empty(1, n, 512, 128, dtype=torch.bfloat16) for n in (8, heads, heads))
+for heads, dim, size in ((2, 128, 64), (2, 256, 64)):
+    query, key, value = (torch.empty(1, n, 512, dim, dtype=torch.bfloat16) for n in (8, heads, heads))
     index, counts = torch.zeros(1, heads, 512, 16, dtype=torch.int32), torch.ones(1, heads, 512, dtype=torch.int32)
     offsets, entries = tokens_index.invert(index, counts, 512 // size, chunk=2048)
     lists, settings = (index, counts, offsets, entries), (size, 0.1, True, None)
     out, lse = tokens_forward.forward(query, key, value, *lists, *settings)
+    tokens_two_pass.forward(query, key, value, *lists, *settings)
     tokens_forward.forward(query, key, value, index, counts, None, None, *settings)
     for by_keys in (True, False):
         tokens_backward.backward(out, lse, query, key, value, *lists, lse, *settings, by_keys)
@@ -272,7 +362,7 @@ def test_every_kernel_compiles_for_hopper_and_fits_its_shared_memory(run_python)
     lines = [line.split() for line in run_python(COMPILES).stdout.splitlines()]
     assert {name for name, _ in lines} == {
         "_count_kernel", "_place_kernel", "_partial_kernel", "_merge_kernel", "_token_kernel",
-        "_partial_gradient_kernel", "_sum_kernel", "_token_gradient_kernel",
+        "_partial_gradient_kernel", "_sum_kernel", "_token_gradient_kernel", "_meeting_kernel", "_reduce_kernel",
     }  # fmt: skip
     for name, shared in lines:
         assert int(shared) <= 227 * 1024, name
@@ -290,5 +380,14 @@ def test_kernels_say_what_they_cannot_do():
     x, options = token_inputs(heads=65, key_heads=1, list_heads=1, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"65 heads share a list \(at most 64\)"):
         call("query_outer", options)(**x)
+    for shape, dtype, text in (
+        (dict(block_size=128, head_dim=192), HALF, r"block_size is 128 \(at most 64 where a head is wider than 128\)"),
+        (dict(value_dim=144), torch.float32, r"query is float32 \(float16 or bfloat16 where a head is wider"),
+        (dict(head_dim=264), HALF, r"the last axis of query is 264 \(at most 256\)"),
+    ):  # fmt: skip
+        x, options = token_inputs(**shape, dtype=dtype)
+        with pytest.raises(ValueError, match=text):
+            call("key_outer", options)(**x)
+    x, options = token_inputs(heads=65, key_heads=1, list_heads=1, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"scale is -1.0 \(the kernels need a positive one\)"):
         selected_attention(**x, **options, scale=-1.0, backend="key_outer")

@@ -12,17 +12,16 @@ layer, which holds only those that can still be attended.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from statistics import median
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from undivided.claims._dma_quality import Recall, language_rows, recall_rows
+from undivided.claims._dma_tiles import live_blocks, share_of_tiles
 from undivided.claims._harness import Claim, Measure, Row, all_of, measured
 from undivided.claims._timing import measured_ceilings, time_rivals
 from undivided.ops import dynamic_mask_attention
@@ -95,41 +94,6 @@ def _flex(key_bias: torch.Tensor, length: int, keep: int) -> Callable[..., torch
     return partial(compiled, score_mod=score, block_mask=blocks, enable_gqa=True)
 
 
-def live_blocks(death: torch.Tensor, length: int, group: int, size: int = 128) -> Any:
-    """Returns FlexAttention's mask of the kept keys, without the `length x length` mask that its own builder forms.
-
-    Args:
-        death: `[1, key heads, length]`, the first query that each key is lost to.
-        length: queries and keys.
-        group: query heads of a key head.
-        size: queries and keys of a block.
-    """
-    from torch.nn.attention.flex_attention import BlockMask
-
-    first = torch.arange(0, length, size, device=death.device)
-    key = torch.arange(length, device=death.device)
-    # A key is attended by one of the queries `first .. first + size - 1`.
-    alive = (key < first[:, None] + size) & (death[0, :, None] > torch.maximum(first[:, None], key))
-    alive = F.pad(alive, (0, -length % size)).unflatten(-1, (-1, size)).any(-1)
-    order = alive.int().argsort(dim=-1, descending=True, stable=True).int()
-    counts, order = (x.repeat_interleave(group, dim=0)[None] for x in (alive.sum(-1).int(), order))
-    return BlockMask.from_kv_blocks(
-        counts.contiguous(), order.contiguous(), BLOCK_SIZE=size,
-        mask_mod=lambda b, h, n, m: (m <= n) & (n < death[b, h // group, m]), seq_lengths=(length, length),
-    )  # fmt: skip
-
-
-def deaths(key_bias: torch.Tensor, keep: int) -> torch.Tensor:
-    """Returns the first query that each key of one head is lost to, int64 `[keys]`; of equal keys the oldest goes."""
-    lost_to = torch.full((len(key_bias),), len(key_bias))
-    kept: list[tuple[float, int]] = []
-    for query, bias in enumerate(key_bias.tolist()):
-        heapq.heappush(kept, (bias, query))
-        if len(kept) > keep:
-            lost_to[heapq.heappop(kept)[1]] = query
-    return lost_to
-
-
 def _tiles(device: str, quick: bool) -> Iterator[Row]:
     """Yields the share of tiles that a kernel which skips empty tiles would have to compute, counted on the CPU."""
     length = 8192 if quick else 32768
@@ -138,16 +102,14 @@ def _tiles(device: str, quick: bool) -> Iterator[Row]:
     clustered = [0.0]
     for step in noise.tolist():
         clustered.append(0.998 * clustered[-1] + step)
-    tiles = -(-length // 128)
     for name, bias in (
         ("random biases", noise),
         ("clustered biases", torch.tensor(clustered[1:])),
         ("a constant bias", torch.zeros(length)),
     ):
-        live = live_blocks(deaths(bias, KEEP)[None, None], length, 1).kv_num_blocks.sum().item()
         yield measured(
             f"share of causal tiles with a kept key, {name}", f"{length} tokens, {KEEP} kept keys, tiles of 128 x 128",
-            live / (tiles * (tiles + 1) / 2), "share", better="lower", baseline_name="all causal tiles", baseline=1.0,
+            share_of_tiles(bias, KEEP, 128), "share", better="lower", baseline_name="all causal tiles", baseline=1.0,
         )  # fmt: skip
 
 

@@ -1,29 +1,32 @@
 """FSA: attention of single tokens to selected blocks, with the key blocks outside, against the order of NSA and cuDNN.
 
 Blocks are drawn at random, with the first and the two local ones forced as in the layer: choices that share nothing
-beyond these are the hardest for either order. All times of the selected branch contain the index of tokens by blocks.
-The rival in the order of NSA, tokens outside, is the reference kernel of the authors' release where it can be imported
-(`nsa_ref`), and always our own kernel in that order. cuDNN computes full causal attention.
+beyond these are the hardest for either order. Beside them are blocks that compressed attention chose, and the most
+skewed choice, in which all tokens have the same blocks. All times of the selected branch contain the index of tokens by
+blocks. The rival in the order of NSA, tokens outside, is the reference kernel of the authors' release where it can be
+imported (`nsa_ref`), and always our own kernel in that order. cuDNN and flash compute full causal attention;
+FlexAttention the same blocks, of which 128 queries share a tile, so that it visits nearly all.
 
-The layer is timed whole, with its compressed branch, selection and window, and by branches. Quality is measured on
+The layer is timed whole, with its compressed branch, choice and window, and by branches. Quality is measured on
 byte-level models trained for seconds: NSA, full attention, and a window with as many keys.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from undivided.claims._fsa_layer import layer_rows, medians, model_rows, quality_rows, recall_rows
 from undivided.claims._harness import Claim, Measure, Row, all_of, measured
 from undivided.claims._timing import measured_ceilings
-from undivided.claims._tiny_lm import mean_and_deviation, train_tiny_lm
 from undivided.cost.fsa import SelectedShape
-from undivided.ops.block_map import BlockLists, num_blocks, select_topk
+from undivided.ops.block_map import BlockLists, block_mask, num_blocks, select_topk
+from undivided.ops.compressed import compressed_attention, select_compressed
 from undivided.ops.selected import selected_attention
 from undivided.testing import compare_op
 
@@ -31,45 +34,114 @@ HEADS, HEAD_DIM, BLOCK_SIZE, TOPK = 32, 128, 64, 16
 GROUPS = (1, 8, 4, 2)
 LENGTH = 32768
 CROSSING = (2048, 4096, 8192, 16384)
-CUDNN, OWN_ORDER, RELEASE = (
+# Sizes of a block and blocks of a token in the paper's grid, and its lengths.
+CHOICES, GRID = ((64, 16), (128, 8)), (8192, 16384, 32768, 65536)
+CUDNN, FLASH, FLEX, OWN_ORDER, TWO_PASSES, RELEASE = (
     "cuDNN (SDPA), all keys",
+    "flash (SDPA), all keys",
+    "FlexAttention, the same blocks",
     "our kernel with tokens outside (the order of NSA)",
+    "our kernels with a pass for the maxima (as in the paper)",
     "the NSA kernel of the authors' release",
 )
-SEEDS = (0, 1, 2)
+PAPER_GRID = 1.3
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def gate(device: str) -> None:
-    """Raises unless both orders of the kernels are as accurate as eager PyTorch, lse and gradients too."""
+    """Raises unless all kernels are as accurate as eager PyTorch, lse and gradients too, and choose the same blocks."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    orders = ("key_outer", "query_outer") if device == "cuda" else ("reference",)
-    for heads, key_heads, length in ((4, 4, 700), (8, 1, 300)):
+    orders = ("key_outer", "query_outer", "two_pass") if device == "cuda" else ("reference",)
+    for heads, key_heads, length, head_dim in (
+        (4, 4, 700, HEAD_DIM),
+        (8, 1, 300, HEAD_DIM),
+        (2, 1, 300, 192),
+    ):
         lists = draw_lists(key_heads, length, device, topk=4)
         x = {
-            name: torch.randn(1, count, length, HEAD_DIM, device=device)
+            name: torch.randn(1, count, length, head_dim, device=device)
             for name, count in (("query", heads), ("key", key_heads), ("value", key_heads))
         }
         reference = _selected("reference", lists, with_lse=True)
-        for order in orders:
+        # Wide heads in the order that is chosen for them.
+        for order in orders if head_dim == HEAD_DIM else orders[:1]:
             compare_op(_selected(order, lists, with_lse=True), reference, reference, x, dtype)
+    _compressed_gate(device, dtype)
+
+
+def _compressed_gate(device: str, dtype: torch.dtype) -> None:
+    backend = "triton" if device == "cuda" else "reference"
+    sizes = {"num_keys": 700, "kernel_size": 32, "kernel_stride": 16}
+    x = {
+        name: torch.randn(1, heads, length, HEAD_DIM, device=device)
+        for name, heads, length in (("query", 8, 700), ("key", 2, 42), ("value", 2, 42))
+    }
+
+    def attend(name: str) -> Callable[..., Any]:
+        return lambda **x: compressed_attention(**x, **sizes, backend=name)
+
+    compare_op(attend(backend), attend("reference"), attend("reference"), x, dtype)
+    query, key, value = (tensor.to(dtype) for tensor in x.values())
+    _, lse = attend("reference")(query=query, key=key, value=value)
+    ours, theirs = (
+        select_compressed(query, key, lse, **sizes, block_size=BLOCK_SIZE, topk=8, backend=name)
+        for name in (backend, "reference")
+    )
+    differ = (ours.index != theirs.index).any(-1).float().mean().item()
+    # Scores that rounding cannot tell apart may be chosen otherwise, and they are rare.
+    if differ > 2e-3 or not torch.equal(ours.counts, theirs.counts):
+        raise ValueError(f"{differ:.2%} of the tokens have other blocks than those of the reference.")
 
 
 @torch.no_grad()
-def draw_lists(key_heads: int, length: int, device: str, topk: int = TOPK) -> BlockLists:
-    """Returns lists for every token: its own block, the one before it, the first, and others before it at random."""
-    blocks = num_blocks(length, BLOCK_SIZE)
+def draw_lists(
+    key_heads: int,
+    length: int,
+    device: str,
+    topk: int = TOPK,
+    block_size: int = BLOCK_SIZE,
+    is_skewed: bool = False,
+) -> BlockLists:
+    """Returns lists for every token: its own block, the one before it, the first, and others before it at random.
+
+    With `is_skewed` the others are the first ones, the same for all tokens.
+    """
+    blocks = num_blocks(length, block_size)
     column = torch.arange(blocks, device=device)
     parts = []
     for first in range(0, length, 8192):
-        own = torch.arange(first, min(first + 8192, length), device=device)[:, None] // BLOCK_SIZE
+        own = torch.arange(first, min(first + 8192, length), device=device)[:, None] // block_size
         given = (column == 0) | ((column <= own) & (column > own - 2))
         scores = torch.rand(1, key_heads, len(own), blocks, device=device)
+        if is_skewed:
+            scores = scores.zero_()
         parts.append(select_topk(scores, topk, allowed=column <= own, always=given))
     return BlockLists(*(torch.cat(part, dim=2) for part in zip(*parts, strict=True)))
 
 
-def _selected(backend: str, lists: BlockLists, with_lse: bool = False) -> Callable[..., Any]:
+@torch.no_grad()
+def chosen_lists(query: torch.Tensor, key: torch.Tensor) -> BlockLists:
+    """Returns the lists that compressed attention chooses, with the means of 32 keys, every 16, as compressed keys."""
+    size, stride, length = 32, 16, key.shape[2]
+    compressed = key.unfold(2, size, stride).mean(-1)
+    _, lse = compressed_attention(
+        query, compressed, compressed, length, kernel_size=size, kernel_stride=stride
+    )
+    return select_compressed(
+        query,
+        compressed,
+        lse,
+        length,
+        kernel_size=size,
+        kernel_stride=stride,
+        block_size=BLOCK_SIZE,
+        topk=TOPK,
+    )
+
+
+def _selected(
+    backend: str, lists: BlockLists, with_lse: bool = False, block_size: int = BLOCK_SIZE
+) -> Callable[..., Any]:
     def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Any:
         found = selected_attention(
             query,
@@ -77,7 +149,7 @@ def _selected(backend: str, lists: BlockLists, with_lse: bool = False) -> Callab
             value,
             *lists,
             query_block_size=1,
-            block_size=BLOCK_SIZE,
+            block_size=block_size,
             is_causal=True,
             backend=backend,
         )
@@ -86,10 +158,11 @@ def _selected(backend: str, lists: BlockLists, with_lse: bool = False) -> Callab
     return run
 
 
-def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, name: str = CUDNN) -> torch.Tensor:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+    kernels = {CUDNN: SDPBackend.CUDNN_ATTENTION, FLASH: SDPBackend.FLASH_ATTENTION}
+    with sdpa_kernel(kernels[name]):
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
@@ -117,30 +190,14 @@ def _heads(key_heads: int, length: int) -> Heads:
     return query.requires_grad_(), key.requires_grad_(), value.requires_grad_()
 
 
-def _medians(calls: dict[str, Callable[[], object]], samples: int) -> dict[str, float]:
-    """Returns the median milliseconds of a few calls in turns: calls of tens of milliseconds need no thirty."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(samples):
-        for name, call in calls.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
-            times[name].append(start.elapsed_time(end))
-    return {name: median(own) for name, own in times.items()}
-
-
 def _both(
     functions: dict[str, Callable[..., torch.Tensor]], heads: Heads, samples: int
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Returns the milliseconds of the forward, without what a gradient needs, and of the backward."""
     with torch.no_grad():
-        forward = _medians({name: partial(function, *heads) for name, function in functions.items()}, samples)
+        forward = medians({name: partial(function, *heads) for name, function in functions.items()}, samples)
     dout = torch.randn_like(heads[0])
-    backward = _medians(
+    backward = medians(
         {
             name: partial(torch.autograd.grad, function(*heads), heads, dout, retain_graph=True)
             for name, function in functions.items()
@@ -165,17 +222,19 @@ def _speed(device: str, quick: bool) -> Iterator[Row]:
     rival = OWN_ORDER
     for group in GROUPS[:2] if quick else GROUPS:
         heads, lists = _heads(HEADS // group, LENGTH), draw_lists(HEADS // group, LENGTH, device)
-        functions = {
+        functions: dict[str, Callable[..., Any]] = {
             "ours": _selected("key_outer", lists),
             CUDNN: _dense,
+            FLASH: partial(_dense, name=FLASH),
             OWN_ORDER: _selected("query_outer", lists),
+            TWO_PASSES: _selected("two_pass", lists),
         }
         release = _release(lists)
         if release is not None:
             functions[RELEASE], rival = release, RELEASE
-        found[group] = _both(functions, heads, 2)
+        found[group] = _both(functions, heads, 3)
         yield from _group_rows(group, *found[group], rival)
-        yield _memory(group, heads, lists)
+        yield from _memory(group, heads, lists)
         del heads, functions
     if not quick:
         yield _average(found, rival)
@@ -192,7 +251,8 @@ def _group_rows(
             times["ours"], flops=factor * 4 * HEAD_DIM * HEADS * pairs
         )
         for name in times:
-            if name == "ours":
+            if name == "ours" or (name == TWO_PASSES and what == "backward"):
+                # The backward of both forms is the same.
                 continue
             required = 1.0 if name == CUDNN else None
             if name == rival and group == 1 and what == "forward":
@@ -214,146 +274,184 @@ def _average(found: dict[int, tuple[dict[str, float], dict[str, float]]], rival:
     )  # fmt: skip
 
 
-@torch.no_grad()
-def _memory(group: int, heads: Heads, lists: BlockLists) -> Row:
-    """The peak of memory over inputs and outputs, beside the formula of the partial outputs."""
+def _memory(group: int, heads: Heads, lists: BlockLists) -> Iterator[Row]:
+    """The peaks of memory over inputs and outputs, beside the formula of the partial outputs."""
+    formula = SelectedShape(LENGTH, HEADS, HEADS // group, HEAD_DIM, BLOCK_SIZE, TOPK).buffer_bytes()
+    ours = _selected("key_outer", lists)
+    with torch.no_grad():
+        peaks = {"forward": _peak(partial(ours, *heads))}
+    out = ours(*heads)
+    peaks["backward"] = _peak(partial(torch.autograd.grad, out, heads, torch.ones_like(out)))
+    for what, peak in peaks.items():
+        yield measured(
+            f"peak memory of the {what} beyond inputs and outputs, group {group}", _shape(group, LENGTH), peak / 2**30,
+            "GiB", better="lower", baseline_name="partial outputs by the formula", baseline=formula / 2**30,
+        )  # fmt: skip
+
+
+def _peak(call: Callable[[], Any]) -> int:
+    """Returns the most bytes that a call has allocated at a time, without those of what it returns."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    out = _selected("key_outer", lists)(*heads)
-    peak = torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()
-    formula = SelectedShape(LENGTH, HEADS, HEADS // group, HEAD_DIM, BLOCK_SIZE, TOPK).buffer_bytes()
-    return measured(
-        f"peak memory of the forward beyond inputs and outputs, group {group}", _shape(group, LENGTH), peak / 2**30,
-        "GiB", better="lower", baseline_name="partial outputs by the formula", baseline=formula / 2**30,
-    )  # fmt: skip
+    found = call()
+    torch.cuda.synchronize()
+    outputs = (found,) if isinstance(found, torch.Tensor) else found
+    return torch.cuda.max_memory_allocated() - before - sum(x.numel() * x.element_size() for x in outputs)
 
 
 def _crossings() -> Iterator[Row]:
-    """The shortest measured length from which ours is faster than full attention, forward and backward together."""
+    """The lengths from which ours is faster than full attention, forward and backward together."""
     for group in GROUPS:
-        crossing = LENGTH
-        for length in sorted(CROSSING, reverse=True):
+        slower, faster = None, None
+        ratios: dict[int, float] = {}
+        for length in sorted((*CROSSING, LENGTH), reverse=True):
             heads, lists = _heads(HEADS // group, length), draw_lists(HEADS // group, length, "cuda")
             forward, backward = _both({"ours": _selected("key_outer", lists), CUDNN: _dense}, heads, 3)
             ours, dense = (forward[name] + backward[name] for name in ("ours", CUDNN))
+            ratios[length] = dense / ours
             yield measured(
                 f"selected attention forward and backward, group {group}, against {CUDNN}", _shape(group, length),
                 ours, "ms", better="lower", baseline_name=CUDNN, baseline=dense,
             )  # fmt: skip
             if ours > dense:
+                slower = length
                 break
-            crossing = length
+            faster = length
+        if faster is None:
+            continue
         yield measured(
             f"shortest measured length from which the selected branch is faster than {CUDNN}, group {group}",
-            _shape(group, crossing), crossing, "tokens", better="lower",
+            _shape(group, faster), faster, "tokens", better="lower",
         )  # fmt: skip
+        if slower is not None:
+            yield measured(
+                f"length at which the selected branch is as fast as {CUDNN}, between two measured ones, group {group}",
+                _shape(group, faster), crossing(slower, ratios[slower], faster, ratios[faster]), "tokens",
+                better="lower",
+            )  # fmt: skip
 
 
-def _layer(device: str, quick: bool) -> Iterator[Row]:
-    """Yields times of one layer of the width of an 8B model on a GPU, whole and by branches."""
+def crossing(shorter: int, low: float, longer: int, high: float) -> float:
+    """Returns the length at which a ratio of times is 1, a power of the length between two measured ones."""
+    share = -math.log(low) / (math.log(high) - math.log(low))
+    return shorter * (longer / shorter) ** share
+
+
+def _grid(device: str, quick: bool) -> Iterator[Row]:
+    """Yields the paper's grid on a GPU: forward and backward together, against the order of NSA and cuDNN."""
     if device != "cuda":
         return
-    from undivided.layers._nsa_blocks import select_blocks
-    from undivided.layers.gqa import GQAttention
-    from undivided.layers.nsa import NSAttention
-    from undivided.ops import dense_attention
-
-    length, width, key_heads = 8192 if quick else LENGTH, HEADS * HEAD_DIM, 8
-    with torch.device("cuda"):
-        layer, full = (
-            kind(width, HEADS, key_heads, HEAD_DIM).to(torch.bfloat16) for kind in (NSAttention, GQAttention)
-        )
-        x = torch.randn(1, length, width, dtype=torch.bfloat16, requires_grad=True)
-        angles = torch.arange(length)[:, None] * 10000 ** -torch.linspace(0, 1, HEAD_DIM // 2)
-    angles = torch.cat([angles, angles], dim=-1)[None]
-    tables = (angles.cos().bfloat16(), angles.sin().bfloat16())
-    shape = (
-        f"width {width}, {HEADS} heads of {HEAD_DIM}, {key_heads} key heads, {length} tokens, batch 1, bf16"
-    )
-    calls = {"ours": partial(layer, x, tables), "full": partial(full, x, tables)}
-    with torch.no_grad():
-        times = {"forward": _medians(dict(calls), 2)}
-    times["forward and backward"] = _medians({n: partial(_step, call, x) for n, call in calls.items()}, 2)
-    for what, found in times.items():
+    ratios: dict[str, list[float]] = {OWN_ORDER: [], CUDNN: []}
+    for length in GRID[:1] if quick else GRID:
+        for block_size, topk in CHOICES:
+            for group in GROUPS:
+                heads = _heads(HEADS // group, length)
+                lists = draw_lists(HEADS // group, length, device, topk, block_size)
+                functions = {
+                    "ours": _selected("key_outer", lists, block_size=block_size),
+                    OWN_ORDER: _selected("query_outer", lists, block_size=block_size),
+                    CUDNN: _dense,
+                }
+                forward, backward = _both(functions, heads, 2)
+                times = {name: forward[name] + backward[name] for name in functions}
+                shape = _shape(group, length).replace(
+                    f"{TOPK} blocks of {BLOCK_SIZE}", f"{topk} blocks of {block_size}"
+                )
+                for name, own in ratios.items():
+                    own.append(times[name] / times["ours"])
+                    yield measured(
+                        f"selected attention forward and backward, group {group}, in the grid, against {name}", shape,
+                        times["ours"], "ms", better="lower", baseline_name=name, baseline=times[name],
+                    )  # fmt: skip
+                del heads, lists, functions
+    for name, own in ratios.items():
         yield measured(
-            f"attention layer {what}", shape, found["ours"], "ms", better="lower",
-            baseline_name="full attention (grouped-query layer)", baseline=found["full"],
+            "selected attention forward and backward, mean speed-up over the grid",
+            f"{HEADS} heads of {HEAD_DIM}, {len(own)} cells of groups, choices and lengths, batch 1, bf16",
+            sum(own) / len(own), "times", better="higher", baseline_name=name, baseline=1.0,
+            required=PAPER_GRID if name == OWN_ORDER else None,
         )  # fmt: skip
-    query, key, value = (y.detach() for y in layer.heads(x, tables))
-    raw = layer.k_proj(x).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2).detach()
-    half = tuple(table[..., : HEAD_DIM // 2] for table in tables)
-    with torch.no_grad():
-        compressed = layer.compress(raw, value, *half)
-        choose = partial(
-            select_blocks, query, compressed[0], length, kernel_size=32, kernel_stride=16, block_size=BLOCK_SIZE,
-            topk=TOPK, init_blocks=1, local_blocks=2, scale=layer.scale,
-        )  # fmt: skip
-        lists = choose()
-        parts: dict[str, Callable[[], object]] = {
-            "compressing keys and values": partial(layer.compress, raw, value, *half),
-            "the compressed branch": partial(layer.attend_compressed, query, *compressed, length),
-            "the choice of blocks": choose,
-            "the selected branch": partial(_selected("auto", lists), query, key, value),
-            "the window": partial(dense_attention, query, key, value, is_causal=True, window=layer.window),
+
+
+def _choices(device: str, quick: bool) -> Iterator[Row]:
+    """Yields times with other choices of blocks on a GPU, and of FlexAttention, which compiles long, with a mask."""
+    if device != "cuda":
+        return
+    group = 4
+    heads = _heads(HEADS // group, LENGTH)
+    for words, lists in (
+        ("blocks that compressed attention chose", chosen_lists(heads[0], heads[1])),
+        ("the same blocks for all tokens", draw_lists(HEADS // group, LENGTH, device, is_skewed=True)),
+    ):
+        functions = {
+            "ours": _selected("key_outer", lists),
+            OWN_ORDER: _selected("query_outer", lists),
+            CUDNN: _dense,
         }
-        for name, own in _medians(parts, 2).items():
-            yield measured(f"of the attention layer forward, {name}", shape, own, "ms", better="lower")
-
-
-def _step(call: Callable[[], Any], x: torch.Tensor) -> None:
-    call()[0].sum().backward()
-    x.grad = None
-
-
-# Keys of a query: 48 in selected blocks and 16 in the window; beside these NSA has its compressed blocks.
-ARMS: dict[str, dict[str, Any]] = {
-    "window": {"mechanism": "sqa", "window": 64},
-    "NSA": {
-        "mechanism": "nsa", "kernel_size": 8, "kernel_stride": 4, "block_size": 16, "topk": 3, "init_blocks": 1,
-        "local_blocks": 1, "window": 16,
-    },
-    "full": {"mechanism": "gqa"},
-}  # fmt: skip
-SIZES: dict[str, dict[str, Any]] = {
-    "cuda": {
-        "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-        "steps": 300, "batch_size": 16, "length": 512, "learning_rate": 3e-3,
-    },
-    "cpu": {
-        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-        "steps": 15, "batch_size": 4, "length": 128, "learning_rate": 3e-3,
-    },
-}  # fmt: skip
-
-
-def _quality(device: str, quick: bool) -> Iterator[Row]:
-    """Yields bits a byte of small language models with NSA, with a window of as many keys, and with full attention."""
-    from undivided.data import demo_texts
-
-    texts, options = demo_texts(), dict(SIZES[device])
+        forward, backward = _both(functions, heads, 2 if quick else 3)
+        for what, times in (("forward", forward), ("backward", backward)):
+            for name in (OWN_ORDER, CUDNN):
+                yield measured(
+                    f"selected attention {what}, group {group}, {words}, against {name}", _shape(group, LENGTH),
+                    times["ours"], "ms", better="lower", baseline_name=name, baseline=times[name],
+                )  # fmt: skip
     if quick:
-        options["steps"] = 10
-    seeds = SEEDS if device == "cuda" else SEEDS[:1]
-    shape = (
-        f"{options['num_hidden_layers']} layers, width {options['hidden_size']}, 64 of {options['length']} keys, "
-        f"{options['steps']} steps of {options['batch_size']} x {options['length']} bytes, {len(seeds)} seeds"
-    )
-    found: dict[str, float] = {}
-    for name, entry in ARMS.items():
-        runs = train_tiny_lm(
-            entry, texts.calibration, texts.heldout["2024-Biden-1"], seeds=seeds, device=device, **options
-        )
-        found[name], deviation = mean_and_deviation([run.bits_per_byte for run in runs])
-        has_baseline = name != "window"
+        return
+    lists = draw_lists(HEADS // group, LENGTH, device)
+    functions = {"ours": _selected("key_outer", lists), FLEX: _flex(lists, LENGTH, group)}
+    with torch.no_grad():
+        torch.testing.assert_close(functions[FLEX](*heads), functions["ours"](*heads), rtol=0.02, atol=0.02)
+    forward, backward = _both(functions, heads, 2)
+    for what, times in (("forward", forward), ("backward", backward)):
         yield measured(
-            f"bits a byte of a tiny model, {name}", f"{shape}, {runs[0].parameters} parameters", found[name],
-            "bits/byte", better="lower", deviation=deviation, baseline_name="window" if has_baseline else None,
-            baseline=found["window"] if has_baseline else None, required=1.0 if name == "NSA" else None,
+            f"selected attention {what}, group {group}, against {FLEX}", _shape(group, LENGTH), times["ours"], "ms",
+            better="lower", baseline_name=FLEX, baseline=times[FLEX],
         )  # fmt: skip
 
 
-_PARTS: dict[str, Measure] = {"speed": _speed, "layer": _layer, "quality": _quality}
+def _flex(lists: BlockLists, length: int, group: int) -> Callable[..., torch.Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return partial(compiled, block_mask=flex_mask(lists, length, group), enable_gqa=True)
+
+
+def flex_mask(lists: BlockLists, length: int, group: int, size: int = 128) -> Any:
+    """Returns FlexAttention's mask of the listed blocks, without the `length x length` mask of its own builder.
+
+    Args:
+        lists: of single tokens, blocks of BLOCK_SIZE keys.
+        length: queries and keys.
+        group: query heads of a list.
+        size: queries and keys of a tile of FlexAttention.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    listed = block_mask(lists, num_blocks(length, BLOCK_SIZE))[0]
+    # A tile of queries visits a tile of keys if one of its tokens lists a block in it.
+    tiles = F.pad(listed, (0, -listed.shape[2] % (size // BLOCK_SIZE), 0, -length % size))
+    tiles = tiles.unflatten(-1, (-1, size // BLOCK_SIZE)).any(-1).unflatten(1, (-1, size)).any(2)
+    order = tiles.int().argsort(dim=-1, descending=True, stable=True).int()
+    counts, order = (x.repeat_interleave(group, dim=0)[None] for x in (tiles.sum(-1).int(), order))
+
+    def seen(b: torch.Tensor, h: torch.Tensor, n: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        return (m <= n) & listed[h // group, n, m // BLOCK_SIZE]
+
+    return BlockMask.from_kv_blocks(
+        counts.contiguous(), order.contiguous(), BLOCK_SIZE=size, mask_mod=seen, seq_lengths=(length, length)
+    )
+
+
+_PARTS: dict[str, Measure] = {
+    "speed": _speed,
+    "grid": _grid,
+    "choices": _choices,
+    "layer": layer_rows,
+    "model": model_rows,
+    "quality": quality_rows,
+    "recall": recall_rows,
+}
 CLAIM = Claim(
     slug="fsa",
     source="arXiv 2508.18224, section 4",

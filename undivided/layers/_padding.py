@@ -1,4 +1,4 @@
-"""Where the texts of a padded batch begin, for layers that count positions themselves."""
+"""Where the texts of a padded or packed batch begin, for layers that count positions themselves."""
 
 from __future__ import annotations
 
@@ -45,3 +45,32 @@ def padding_before(
             "padding on the right are not supported. Give one text a row."
         )
     return padding if padding.any() else None
+
+
+def packed_texts(attention_mask: torch.Tensor | None, length: int) -> list[list[int]] | None:
+    """Returns the columns at which the texts of each row begin, if some row has several; None for any other mask.
+
+    Args:
+        attention_mask: `[batch, 1, length, length]`, boolean or additive; None for texts without padding. It waits for
+            the device; while torch.compile looks on nothing is read, and None returned.
+        length: tokens of a row.
+
+    Raises:
+        TypeError: the mask is of a kind made for another attention implementation.
+    """
+    mask = additive_or_boolean(attention_mask, length)
+    if mask is None or mask.shape[2] != length or torch.compiler.is_compiling():
+        return None
+    seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
+    column = torch.arange(length, device=mask.device)
+    # The first column that a token sees: where its text begins.
+    start = seen.int().argmax(-1)
+    begins = start == column
+    is_packed = (
+        (seen == ((column <= column[:, None]) & (column >= start[..., None]))).all()
+        & (start == column.where(begins, 0).cummax(-1).values).all()
+        & (begins.sum(-1) > 1).any()
+    )
+    if not is_packed:
+        return None
+    return [row.nonzero().flatten().tolist() for row in begins]

@@ -9,14 +9,15 @@ import torch
 from torch import nn
 
 from undivided.layers._base import check_arguments
-from undivided.layers._nsa_blocks import compressed_blocks, select_blocks, visible_blocks
-from undivided.layers._padding import padding_before
+from undivided.layers._padding import packed_texts, padding_before
 from undivided.layers.gqa import GQAttention
 from undivided.layers.rotary import PositionEmbeddings, apply_rotary, rotary_tables
 from undivided.ops import dense_attention
+from undivided.ops.compressed import compressed_attention, compressed_blocks, select_compressed
 from undivided.ops.selected import selected_attention
 
 if TYPE_CHECKING:
+    from undivided.ops.block_map import BlockLists
     from undivided.spec import AttentionSpec
 
 COMPRESSIONS = ("linear", "mean", "mlp")
@@ -36,7 +37,8 @@ class NSAttention(GQAttention):
     position of their block's first token. The three branches share keys and values. No gradient passes the selection.
 
     Cached a token: `2 G head_dim (1 + 1 / d)` numbers, and raw keys of less than a block. A batch with padding keeps
-    all raw keys, and is decoded row by row: its blocks begin at different columns.
+    all raw keys, and is decoded row by row: its blocks begin at different columns. Texts packed into one row are
+    attended one after the other, each with blocks of its own.
 
     Args:
         hidden_size, num_attention_heads, num_key_value_heads, head_dim: as in `GQAttention`.
@@ -158,7 +160,8 @@ class NSAttention(GQAttention):
 
             cache = own_cache_layer(past_key_values, self.layer_idx, NSACacheLayer, NSACacheLayer)
         before = 0 if cache is None else int(cache.get_seq_length())
-        padding = padding_before(attention_mask, length, before + length)
+        texts = packed_texts(attention_mask, length) if cache is None else None
+        padding = None if texts is not None else padding_before(attention_mask, length, before + length)
         if cache is not None and past_key_values is not None:
             if before == 0:
                 cache.is_padded = padding is not None
@@ -168,11 +171,14 @@ class NSAttention(GQAttention):
                 )
             key, value = past_key_values.update(key, value, self.layer_idx)
             raw, cos, sin = cache.extend(raw, cos, sin)
-        if padding is not None and before == 0:
+        if texts is not None:
+            out = self._text_by_text(query, raw, key, value, cos, sin, self.gates(hidden_states), texts)
+        elif padding is not None and before == 0:
             out = self._moved_to_front(query, raw, key, value, cos, sin, self.gates(hidden_states), padding)
         elif cache is not None and cache.is_padded:
             skipped = [0] * len(query) if padding is None else padding.tolist()
-            out = self._row_by_row(query, raw, key, value, cos, sin, self.gates(hidden_states), skipped)
+            starts = [[min(first, key.shape[2])] for first in skipped]
+            out = self._text_by_text(query, raw, key, value, cos, sin, self.gates(hidden_states), starts)
         else:
             # The raw keys at hand are the last ones.
             values = value[:, :, value.shape[2] - raw.shape[2] :]
@@ -225,32 +231,54 @@ class NSAttention(GQAttention):
             compressed_key, compressed_value: `[B, G, blocks, head_dim]`.
             gates: `[3, B, H or 1, N, 1]`.
         """
-        index, counts = select_blocks(
-            query, compressed_key, key.shape[2], kernel_size=self.kernel_size, kernel_stride=self.kernel_stride,
-            block_size=self.block_size, topk=self.topk, init_blocks=self.init_blocks,
-            local_blocks=self.local_blocks, scale=self.scale, first_head_only=self.scores == "first_head",
-        )  # fmt: skip
-        selected, _ = selected_attention(
-            query, key, value, index, counts, query_block_size=1, block_size=self.block_size, scale=self.scale,
-            is_causal=True,
-        )  # fmt: skip
+        num_keys = key.shape[2]
+        compressed, lse = self.attend_compressed(query, compressed_key, compressed_value, num_keys)
+        selected = self.attend_selected(query, key, value, *self.select(query, compressed_key, lse, num_keys))
         window = dense_attention(query, key, value, is_causal=True, window=self.window, scale=self.scale)
-        compressed = self.attend_compressed(query, compressed_key, compressed_value, key.shape[2])
-        return gates[0] * compressed + gates[1] * selected + gates[2] * window
+        # Three passes over the outputs in place of five.
+        return torch.addcmul(torch.addcmul(gates[0] * compressed, gates[1], selected), gates[2], window)
 
     def attend_compressed(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_keys: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the compressed branch and its log-sum-exp, of queries that are the last of `num_keys` tokens."""
+        return compressed_attention(
+            query, key, value, num_keys, kernel_size=self.kernel_size, kernel_stride=self.kernel_stride,
+            scale=self.scale,
+        )  # fmt: skip
+
+    def attend_selected(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        index: torch.Tensor,
+        counts: torch.Tensor,
     ) -> torch.Tensor:
-        """Returns the compressed branch, `[B, H, N, head_dim]`, of queries that are the last of `num_keys` tokens."""
-        num_queries = query.shape[2]
-        # The first tokens see no block. They are left out: a softmax over nothing is no number.
-        blind = min(max(self.kernel_size - 1 - (num_keys - num_queries), 0), num_queries)
-        if key.shape[2] == 0 or blind == num_queries:
-            return query.new_zeros((*query.shape[:3], value.shape[3]))
-        position = torch.arange(num_keys - num_queries + blind, num_keys, device=query.device)
-        mask = visible_blocks(position, key.shape[2], self.kernel_size, self.kernel_stride)
-        out = dense_attention(query[:, :, blind:], key, value, attn_mask=mask, scale=self.scale)
-        return nn.functional.pad(out, (0, 0, blind, 0))
+        """Returns the selected branch, `[B, H, N, head_dim]`, of the lists that `select` gives."""
+        out, _ = selected_attention(
+            query, key, value, index, counts, query_block_size=1, block_size=self.block_size, scale=self.scale,
+            is_causal=True,
+        )  # fmt: skip
+        return out
+
+    def select(self, query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor, num_keys: int) -> BlockLists:
+        """Returns the blocks that each query attends, by the weights of the compressed branch.
+
+        Args:
+            query: of the last tokens, `[B, H, N, head_dim]`.
+            key: compressed keys, `[B, G, blocks, head_dim]`.
+            lse: of the compressed branch, `[B, H, N]`.
+            num_keys: tokens so far.
+        """
+        if self.scores == "first_head":
+            group = query.shape[1] // key.shape[1]
+            query, lse = query[:, ::group], lse[:, ::group]
+        return select_compressed(
+            query, key, lse, num_keys, kernel_size=self.kernel_size, kernel_stride=self.kernel_stride,
+            block_size=self.block_size, topk=self.topk, init_blocks=self.init_blocks,
+            local_blocks=self.local_blocks, scale=self.scale,
+        )  # fmt: skip
 
     def load_official(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Loads the weights of one `NativeSparseAttention` of the authors' release; needs the default options.
@@ -294,7 +322,7 @@ class NSAttention(GQAttention):
         out = self.mix(query, key, value, *self.compress(raw, value, cos, sin), gates)
         return moved(out, -padding)
 
-    def _row_by_row(
+    def _text_by_text(
         self,
         query: torch.Tensor,
         raw: torch.Tensor,
@@ -303,20 +331,30 @@ class NSAttention(GQAttention):
         cos: torch.Tensor,
         sin: torch.Tensor,
         gates: torch.Tensor,
-        padding: list[int],
+        starts: list[list[int]],
     ) -> torch.Tensor:
-        """The branches of texts that begin at different columns, and so have their blocks elsewhere."""
+        """The branches of texts that begin at different columns, and so have their blocks elsewhere.
+
+        Args:
+            query: of the last columns; the others of all.
+            starts: the columns at which the texts of each row begin, one behind the other up to the last column; what
+                is before the first is padding, and has no output.
+        """
         rows = []
-        length = query.shape[2]
-        for row, skipped in enumerate(padding):
+        num_keys = key.shape[2]
+        before = num_keys - query.shape[2]
+        for row, firsts in enumerate(starts):
             one = slice(row, row + 1)
-            tables = [table[row : row + 1] if len(table) > 1 else table for table in (cos, sin)]
-            # Queries of padding have no output.
-            blind = min(max(skipped - (key.shape[2] - length), 0), length)
-            own_key, own_value = key[one, :, skipped:], value[one, :, skipped:]
-            compressed = self.compress(raw[one, :, skipped:], own_value, *(x[:, skipped:] for x in tables))
-            out = self.mix(query[one, :, blind:], own_key, own_value, *compressed, gates[:, one, :, blind:])
-            rows.append(nn.functional.pad(out, (0, 0, blind, 0)))
+            tables = [table[one] if len(table) > 1 else table for table in (cos, sin)]
+            parts = [query.new_zeros((1, query.shape[1], max(firsts[0] - before, 0), value.shape[3]))]
+            for first, last in zip(firsts, [*firsts[1:], num_keys], strict=True):
+                own, asked = slice(first, last), slice(max(first - before, 0), last - before)
+                own_key, own_value = key[one, :, own], value[one, :, own]
+                compressed = self.compress(raw[one, :, own], own_value, *(x[:, own] for x in tables))
+                parts.append(
+                    self.mix(query[one, :, asked], own_key, own_value, *compressed, gates[:, one, :, asked])
+                )
+            rows.append(torch.cat(parts, dim=2))
         return torch.cat(rows)
 
 

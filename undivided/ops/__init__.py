@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from undivided.ops import (
     block_map,
+    compressed,
     conv,
     core_context,
     dense,
@@ -33,6 +34,7 @@ from undivided.ops import (
     transport,
 )
 from undivided.ops._backends import Backend
+from undivided.ops.compressed import compressed_attention, select_compressed
 from undivided.ops.conv import convolved_heads
 from undivided.ops.core_context import core_context_attention, pool_core_tokens
 from undivided.ops.dense import dense_attention
@@ -72,6 +74,8 @@ OPS: dict[str, tuple[Backend, ...]] = {
     "routed_attention": routed.BACKENDS,
     "gathered_attention": gathered.BACKENDS,
     "selected_attention": selected.BACKENDS,
+    "compressed_attention": compressed.BACKENDS,
+    "select_compressed": compressed.CHOICE_BACKENDS,
     "sparse_linear_attention": sparse_linear.BACKENDS,
     "gaussian_gate": gaussian.BACKENDS,
     "listed_attention": listed.BACKENDS,
@@ -94,6 +98,7 @@ __all__ = [
     "block_classes",
     "block_map",
     "column_attention",
+    "compressed_attention",
     "convolved_heads",
     "core_context_attention",
     "dense_attention",
@@ -114,6 +119,7 @@ __all__ = [
     "pool_core_tokens",
     "relative_attention",
     "routed_attention",
+    "select_compressed",
     "selected_attention",
     "sinkhorn_attention",
     "sparse_linear_attention",

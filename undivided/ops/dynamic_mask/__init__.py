@@ -9,16 +9,21 @@ from undivided.ops._backends import Backend, select
 from undivided.ops._triton import availability, interprets
 from undivided.ops.dynamic_mask import autograd, composed, reference
 
-SELECTIONS = ("per_row", "global")
+SELECTIONS = ("per_row", "global", "relu")
 
 
-def _triton(**arguments):
+def _triton(key, key_bias, keep_window_size, selection, block_smooth, **arguments):
     """Kernels in Triton, forward, backward and decoding: the kept keys of each tile of queries are gathered."""
-    return autograd.attend(**arguments)
+    if selection == "relu":
+        # As many as there are, of those that are left.
+        key_bias, keep_window_size = key_bias.masked_fill(key_bias <= 0, float("-inf")), key.shape[2]
+    return autograd.attend(
+        key=key, key_bias=key_bias, keep_window_size=keep_window_size, selection="per_row", **arguments
+    )
 
 
 def _triton_reasons(
-    query, key, value, key_bias, keep_window_size, attn_mask, is_causal, scale, selection
+    query, key, value, key_bias, keep_window_size, attn_mask, is_causal, scale, selection, block_smooth
 ) -> list[str]:  # fmt: skip
     found = availability()
     if found:
@@ -29,7 +34,9 @@ def _triton_reasons(
         found.append("attn_mask is given (the kernels know is_causal, and a bias of -inf for padding)")
     if not is_causal and num_queries > 1:
         found.append("is_causal is False (needed with more than one query)")
-    if selection != "per_row" and num_queries > 1:
+    if block_smooth is not None:
+        found.append(f"block_smooth is {block_smooth} (the kernels keep single keys)")
+    if selection == "global" and num_queries > 1:
         found.append(f'selection is "{selection}" (needs "per_row" with more than one query)')
     if num_queries > num_keys:
         found.append(f"there are {num_queries} queries for {num_keys} keys (at most as many)")
@@ -69,6 +76,7 @@ def dynamic_mask_attention(
     is_causal: bool = True,
     scale: float | None = None,
     selection: str = "per_row",
+    block_smooth: int | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Attention of the keys that a bias ranks highest among those that a query may see.
@@ -89,7 +97,10 @@ def dynamic_mask_attention(
         is_causal: query n of N sees key m of M only if `m <= n + M - N`.
         scale: factor of the products; default `head_dim ** -0.5`.
         selection: "per_row" ranks the keys of each query's own prefix; "global" ranks all keys once and hides later
-            ones afterwards, so that what a query keeps depends on later tokens and may be nothing (zeros).
+            ones afterwards, so that what a query keeps depends on later tokens and may be nothing (zeros). "relu" keeps
+            every key of a positive bias, however many, and may keep nothing.
+        block_smooth: keys of a block that stays or goes as a whole: it stays if more than half of the keys in it that
+            the query may see are kept.
         backend: "auto", "triton", "reference" or "sdpa" (the mask written out; queries that keep no key are undefined).
 
     Returns:
@@ -99,7 +110,8 @@ def dynamic_mask_attention(
         ValueError: shapes or options do not fit; or the backend cannot run the inputs.
         TypeError: dtypes do not fit, or `keep_window_size` is no integer.
 
-    Source: Trainable Dynamic Mask Sparse Attention (arXiv 2508.02124), section 3.
+    Source: Trainable Dynamic Mask Sparse Attention (arXiv 2508.02124), section 3; "relu" and the blocks: the masks of
+    the authors' release, which counts the keys that a query does not see too.
     """
     _check(query, key, value, key_bias, attn_mask)
     # bool is an int in Python.
@@ -109,6 +121,8 @@ def dynamic_mask_attention(
         raise ValueError(f"keep_window_size={keep_window_size} must be at least 1: a query keeps a key.")
     if selection not in SELECTIONS:
         raise ValueError(f"selection={selection!r} is not one of {', '.join(map(repr, SELECTIONS))}.")
+    if block_smooth is not None and block_smooth < 1:
+        raise ValueError(f"block_smooth={block_smooth} must be at least 1; leave it None for single keys.")
     arguments = {
         "query": query,
         "key": key,
@@ -119,6 +133,7 @@ def dynamic_mask_attention(
         "is_causal": is_causal,
         "scale": query.shape[3] ** -0.5 if scale is None else scale,
         "selection": selection,
+        "block_smooth": block_smooth,
     }
     return select("dynamic_mask_attention", BACKENDS, backend, query.device, arguments).run(**arguments)
 

@@ -89,14 +89,14 @@ def reasons(
     return found + tensor_reasons(query, value)
 
 
-def tensor_reasons(query, value) -> list[str]:
+def tensor_reasons(query, value, widest: int = 128) -> list[str]:
     """Sentences that say why the tensors' type, width or device do not suit kernels of Triton."""
     found = []
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         found.append(f"query is {str(query.dtype).removeprefix('torch.')}")
     for name, tensor in (("query", query), ("value", value)):
-        if tensor.shape[3] > 128:
-            found.append(f"the last axis of {name} is {tensor.shape[3]} (at most 128)")
+        if tensor.shape[3] > widest:
+            found.append(f"the last axis of {name} is {tensor.shape[3]} (at most {widest})")
     if query.device.type != "cuda" and not interprets():
         found.append(f"query is on {query.device.type}")
     elif query.device.type != "cuda" and query.dtype == torch.bfloat16:

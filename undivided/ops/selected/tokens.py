@@ -23,6 +23,10 @@ torch.library.define(
     f"(Tensor query, Tensor key, Tensor value, {_LISTS}, {_OPTIONS}) -> (Tensor, Tensor)",
 )
 torch.library.define(
+    "undivided::selected_tokens_two_pass",
+    f"(Tensor query, Tensor key, Tensor value, {_LISTS}, {_OPTIONS}) -> (Tensor, Tensor)",
+)
+torch.library.define(
     "undivided::selected_tokens_backward",
     f"(Tensor dout, Tensor? dlse, Tensor out, Tensor query, Tensor key, Tensor value, {_LISTS}, Tensor lse, "
     f"{_OPTIONS}, bool by_keys) -> (Tensor, Tensor, Tensor)",
@@ -43,6 +47,13 @@ def _forward(*arguments):
     return tokens_forward.forward(*arguments)
 
 
+@torch.library.impl("undivided::selected_tokens_two_pass", "default")
+def _two_pass(*arguments):
+    from undivided.ops.selected import tokens_two_pass
+
+    return tokens_two_pass.forward(*arguments)
+
+
 @torch.library.impl("undivided::selected_tokens_backward", "default")
 def _backward(dout, dlse, out, *arguments):
     from undivided.ops.selected import blocks_backward, tokens_backward
@@ -57,6 +68,7 @@ def _invert_fake(index, counts, blocks):
 
 
 @torch.library.register_fake("undivided::selected_tokens_forward")
+@torch.library.register_fake("undivided::selected_tokens_two_pass")
 def _forward_fake(query, key, value, *arguments):
     batch, heads, num_queries, _ = query.shape
     out = query.new_empty((batch, num_queries, heads, value.shape[3])).transpose(1, 2)
@@ -68,55 +80,64 @@ def _backward_fake(dout, dlse, out, query, key, value, *arguments):
     return tuple(x.new_empty(x.shape) for x in (query, key, value))
 
 
+def _forward_in(order, *inputs):
+    if order == "two_pass":
+        return torch.ops.undivided.selected_tokens_two_pass(*inputs)
+    return torch.ops.undivided.selected_tokens_forward(*inputs)
+
+
 class SelectedTokens(torch.autograd.Function):
     """The output and lse of the forward, and the gradients of query, key and value."""
 
     @staticmethod
     def forward(ctx, query, key, value, index, counts, offsets, entries, *options):
-        *options, by_keys = options
-        inverse = (offsets, entries) if by_keys else (None, None)
-        out, lse = torch.ops.undivided.selected_tokens_forward(
-            query, key, value, index, counts, *inverse, *options
-        )
+        *options, order = options
+        inverse = (None, None) if order == "query_outer" else (offsets, entries)
+        out, lse = _forward_in(order, query, key, value, index, counts, *inverse, *options)
         ctx.save_for_backward(out, query, key, value, index, counts, offsets, entries, lse, options[-1])
-        ctx.options = (*options[:-1], by_keys)
+        ctx.options = (*options[:-1], order)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):
         *tensors, cu_seqlens = ctx.saved_tensors
-        *options, by_keys = ctx.options
+        *options, order = ctx.options
         if dout is None:
             dout = torch.zeros_like(tensors[0])
         gradients = torch.ops.undivided.selected_tokens_backward(
-            dout, dlse, *tensors, *options, cu_seqlens, by_keys
+            dout, dlse, *tensors, *options, cu_seqlens, order != "query_outer"
         )
         return *gradients, *(None for _ in range(9))
 
 
 def _attend(
-    by_keys, query, key, value, index, counts, query_block_size, block_size, scale, is_causal, cu_seqlens
+    order, query, key, value, index, counts, query_block_size, block_size, scale, is_causal, cu_seqlens
 ):  # fmt: skip
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     offsets, entries = None, None
-    if by_keys or needs_gradient:
+    if order != "query_outer" or needs_gradient:
         blocks = num_blocks(key.shape[2], block_size, cu_seqlens)
         offsets, entries = torch.ops.undivided.selected_tokens_invert(index, counts, blocks)
     inputs = (query, key, value, index, counts, offsets, entries, block_size, scale, is_causal, cu_seqlens)
     if needs_gradient:
-        return SelectedTokens.apply(*inputs, by_keys)
-    return torch.ops.undivided.selected_tokens_forward(*inputs)
+        return SelectedTokens.apply(*inputs, order)
+    return _forward_in(order, *inputs)
 
 
 def _query_outer(**arguments):
     """Tokens outside, as in the kernels of Native Sparse Attention (arXiv 2502.11089), section 3.4."""
-    return _attend(False, **arguments)
+    return _attend("query_outer", **arguments)
 
 
 def _key_outer(**arguments):
     """Key blocks outside, as in Flash Sparse Attention (arXiv 2508.18224), section 3."""
-    return _attend(True, **arguments)
+    return _attend("key_outer", **arguments)
+
+
+def _two_passes(**arguments):
+    """Key blocks outside, with a pass for the maxima, as the paper has it."""
+    return _attend("two_pass", **arguments)
 
 
 def keys_outside(query: torch.Tensor, index: torch.Tensor) -> bool:
@@ -126,7 +147,8 @@ def keys_outside(query: torch.Tensor, index: torch.Tensor) -> bool:
 
 def _faster(**arguments):
     """The order that `keys_outside` says."""
-    return _attend(keys_outside(arguments["query"], arguments["index"]), **arguments)
+    outside = keys_outside(arguments["query"], arguments["index"])
+    return _attend("key_outer" if outside else "query_outer", **arguments)
 
 
 def reasons(
@@ -143,11 +165,17 @@ def reasons(
         found.append(f"scale is {scale} (the kernels need a positive one)")
     if query.shape[1] // index.shape[1] > 64:
         found.append(f"{query.shape[1] // index.shape[1]} heads share a list (at most 64)")
-    return found + tensor_reasons(query, value)
+    wide = max(query.shape[3], value.shape[3]) > 128
+    if wide and block_size > 64:
+        found.append(f"block_size is {block_size} (at most 64 where a head is wider than 128)")
+    if wide and query.dtype == torch.float32:
+        found.append("query is float32 (float16 or bfloat16 where a head is wider than 128)")
+    return found + tensor_reasons(query, value, widest=256)
 
 
 BACKENDS = (
     Backend("tokens", _faster, reasons, availability, automatic=("cuda",)),
     Backend("query_outer", _query_outer, reasons, availability, automatic=()),
     Backend("key_outer", _key_outer, reasons, availability, automatic=()),
+    Backend("two_pass", _two_passes, reasons, availability, automatic=()),
 )

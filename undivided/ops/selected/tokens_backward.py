@@ -181,10 +181,18 @@ def _sum_kernel(
     tl.store(place, total.to(gradient.dtype.element_ty), mask=mask)
 
 
-def key_launch(element_size: int, block_size: int) -> dict[str, int]:
-    """Returns the rows of a tile, the warps of a program and the tiles in flight of the kernel with keys outside."""
+def key_launch(element_size: int, block_size: int, widths: int) -> dict[str, int]:
+    """Returns the rows of a tile, the warps of a program and the tiles in flight of the kernel with keys outside.
+
+    Args:
+        element_size: bytes of an element.
+        block_size: keys of a block.
+        widths: of a key and a value together.
+    """
     if element_size == 4:
         return {"BLOCK_M": 16, "num_warps": 4, "num_stages": 1}
+    if widths > 256:
+        return {"BLOCK_M": 32, "num_warps": 8, "num_stages": 1}
     return {"BLOCK_M": 64, "num_warps": 8 if block_size > 16 else 4, "num_stages": 2}
 
 
@@ -241,7 +249,8 @@ def backward(
         _partial_gradient_kernel[most, some](
             query, key, value, dout, lse, delta, offsets, entries, table, key_bounds, partial, dkeys, dvalues,
             scale * LOG2E, num_queries, num_keys, list_heads, key_lists, blocks, max_blocks, first, member, *strides,
-            MEMBERS=members, SEGMENT=rows, QUERIES=by_keys, **shared, **key_launch(query.element_size(), block_size),
+            MEMBERS=members, SEGMENT=rows, QUERIES=by_keys, **shared,
+            **key_launch(query.element_size(), block_size, head_dim + value_dim),
         )  # fmt: skip
         for partials, gradient, width, factor in (
             (dkeys, dkey, head_dim, scale),
@@ -254,4 +263,6 @@ def backward(
             )  # fmt: skip
         if by_keys:
             merge(partial, lse, counts, dquery, lse, scale, first, some, member, members, True)
+        # Else the next buffers would be made beside these.
+        del partial, dkeys, dvalues, partials
     return dquery, dkey.to(key.dtype), dvalue.to(value.dtype)

@@ -251,11 +251,16 @@ def query_launch(element_size: int) -> dict[str, int]:
     return {"num_warps": 4, "num_stages": 1 if element_size == 4 else 2}
 
 
-def partial_launch(element_size: int, block_size: int) -> dict[str, int]:
-    """Returns the rows of a tile, the warps of a program and the tiles in flight of the kernel with keys outside."""
+def partial_launch(element_size: int, widths: int) -> dict[str, int]:
+    """Returns the rows of a tile, the warps of a program and the tiles in flight of the kernel with keys outside.
+
+    Args:
+        element_size: bytes of an element.
+        widths: of a key and a value together.
+    """
     if element_size == 4:
         return {"BLOCK_M": 16, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_M": 64, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": 64, "num_warps": 4 if widths <= 256 else 8, "num_stages": 2}
 
 
 def forward(query, key, value, index, counts, offsets, entries, block_size, scale, is_causal, cu_seqlens):
@@ -306,7 +311,7 @@ def _by_keys(
     key_heads, num_keys, value_dim = key.shape[1], key.shape[2], value.shape[3]
     list_heads, max_blocks = index.shape[1], index.shape[3]
     group, lists, blocks = heads // list_heads, batch * list_heads, offsets.shape[2] - 1
-    launch = partial_launch(query.element_size(), block_size)
+    launch = partial_launch(query.element_size(), head_dim + value_dim)
     segment = _SEGMENT_ROWS
     offsets = offsets.view(lists, blocks + 1)
     slots = num_queries * max_blocks
@@ -323,6 +328,8 @@ def _by_keys(
             IS_CAUSAL=is_causal, PACKED=packed, PRECISION=precision(query), **launch,
         )  # fmt: skip
         merge(partial, partial_lse, counts, out, lse, 1.0, first, some, member, members, False)
+        # Else the next buffer would be made beside this one.
+        del partial, partial_lse
 
 
 def merge(partial, partial_lse, counts, out, lse, factor, first, some, member, members, is_sum):
