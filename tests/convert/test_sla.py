@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -59,6 +61,60 @@ class Block(nn.Module):
         return x + self.attn2(x, text)
 
 
+class JointDense:
+    """What diffusers' processors of joint attention do: FLUX's with rotations, text first; SD3's without."""
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
+    ):
+        def heads(x, names, norms):
+            x = [getattr(attn, name)(x).unflatten(2, (attn.heads, -1)) for name in names]
+            return [*(getattr(attn, norm)(t) for norm, t in zip(norms, x, strict=False)), x[2]]
+
+        parts = heads(hidden_states, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
+        text = 0
+        if encoder_hidden_states is not None:
+            text = encoder_hidden_states.shape[1]
+            added = heads(
+                encoder_hidden_states, ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
+            )  # fmt: skip
+            parts = [torch.cat(both, 1) for both in zip(added, parts, strict=True)]
+        query, key, value = (x.transpose(1, 2) for x in parts)
+        if image_rotary_emb is not None:
+            cos, sin = (table[None, :, None] for table in image_rotary_emb)
+            query, key = rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin)
+        out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        if encoder_hidden_states is None:
+            return out
+        words = out[:, :text] if attn.to_add_out is None else attn.to_add_out(out[:, :text])
+        return attn.to_out[1](attn.to_out[0](out[:, text:])), words
+
+
+class JointShaped(nn.Module):
+    """The names of FluxAttention and of Attention with `added_kv_proj_dim` of diffusers 0.35."""
+
+    def __init__(self, dim=16, heads=2, context_pre_only=False, pre_only=False):
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.norm_q, self.norm_k = (nn.RMSNorm(dim // heads) for _ in range(2))
+        if not pre_only:
+            self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, dim) for _ in range(3))
+            self.norm_added_q, self.norm_added_k = (nn.RMSNorm(dim // heads) for _ in range(2))
+            self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(0.0)])
+            self.to_add_out = None if context_pre_only else nn.Linear(dim, dim)
+        self.set_processor(JointDense())
+
+    def set_processor(self, processor):
+        self.processor = processor
+
+    def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
+        # Diffusers drops what the processor's signature does not name.
+        named = inspect.signature(self.processor.__call__).parameters
+        kwargs = {name: given for name, given in kwargs.items() if name in named}
+        return self.processor(self, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+
+
 class WithCore(nn.Module):
     def __init__(self):
         super().__init__()
@@ -93,6 +149,54 @@ def test_with_all_blocks_critical_a_wan_model_is_what_it_was(wide):
     assert report["added_parameters"] == 2 * (8 * 8 + 8)
     added = set(model.state_dict()) - names
     assert added == set(projection_state(model)) and len(added) == 4
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("context_pre_only", [False, True])
+def test_with_all_blocks_critical_joint_attention_is_what_it_was(rotated, context_pre_only):
+    model = nn.ModuleList([JointShaped(context_pre_only=context_pre_only)]).double()
+    image, text, _ = given()
+    options = {"image_rotary_emb": tuple(table[0, :, 0] for table in given(52)[2])} if rotated else {}
+    before = model[0](image, text, **options)
+    convert_sla(model, **EXACT)
+    torch.testing.assert_close(model[0](image, text, **options), before)
+
+
+def test_a_rotation_of_the_image_alone_leaves_the_text():
+    model = nn.ModuleList([JointShaped()]).double()
+    image, text, tables = given()
+    cos, sin = (table[0, :, 0] for table in tables)
+    still = torch.ones_like(cos[:7]), torch.zeros_like(sin[:7])
+    whole = torch.cat([still[0], cos]), torch.cat([still[1], sin])
+    before = model[0](image, text, image_rotary_emb=whole)
+    convert_sla(model, **EXACT)
+    torch.testing.assert_close(model[0](image, text, image_rotary_emb=(cos, sin)), before)
+    with pytest.raises(ValueError, match="the rotation has 44 rows; 52 tokens, 7 of them text, do not fit"):
+        model[0](image, text, image_rotary_emb=(cos[:44], sin[:44]))
+
+
+def test_text_in_one_sequence_with_the_image_is_converted_where_its_length_is_given():
+    model = nn.ModuleList([JointShaped(), JointShaped(pre_only=True)]).double()
+    tokens, _, tables = given(52)
+    options = {"image_rotary_emb": tuple(table[0, :, 0] for table in tables)}
+    before = model[1](tokens, **options)
+    _, report = convert_sla(model, lambda name, module: True, **EXACT)
+    assert (report["converted"], report["left"]) == (["0"], ["1"])
+    _, report = convert_sla(model, lambda name, module: name == "1", text_tokens=7, **EXACT)
+    assert report["converted"] == ["1"]
+    torch.testing.assert_close(model[1](tokens, **options), before)
+
+
+def test_text_keys_reach_every_image_token_and_text_queries_see_all():
+    model = nn.ModuleList([JointShaped()]).double()
+    convert_sla(model, topk=0.1, bottomk=0.0, query_block_size=8, block_size=8)
+    image, text, _ = (x.requires_grad_() if torch.is_tensor(x) else x for x in given())
+    out, words = model[0](image, text)
+    reached = torch.autograd.grad(out[0, 44].sum(), (image, text), retain_graph=True)
+    assert (reached[1][0].abs().sum(-1) > 0).all()
+    # One critical block of eight tokens, and the query itself; the projections are zero at first.
+    assert (reached[0][0].abs().sum(-1) > 0).sum() <= 9
+    assert (torch.autograd.grad(words[0, 0].sum(), image)[0][0].abs().sum(-1) > 0).all()
 
 
 def test_timms_attention_keeps_its_names_and_its_function():
@@ -154,5 +258,13 @@ def test_bad_input_is_named():
     tokens, text, _ = given()
     with pytest.raises(ValueError, match="encoder_hidden_states is given; SLA is for self-attention"):
         model.attn1(tokens, text)
+    with pytest.raises(ValueError, match="text_tokens=-1 must be at least 0"):
+        convert_sla(nn.ModuleList([JointShaped(pre_only=True)]), text_tokens=-1, **SPARSE)
+    joint = nn.ModuleList([JointShaped()]).double()
+    convert_sla(joint, **SPARSE)
+    with pytest.raises(
+        ValueError, match="encoder_hidden_states is None; this attention is of an image and a text"
+    ):
+        joint[0](tokens)
     with pytest.raises(ValueError, match="attention_mask is given; SLA attends blocks without a mask"):
         model.attn1(tokens, attention_mask=text)

@@ -104,9 +104,9 @@ def test_stands_in_the_place_of_timms_attention():
     ("options", "text"),
     [
         (dict(num_heads=5), "num_heads=5 does not divide dim=12"),
-        (dict(kernel_size=0), "kernel_size=0 must be a positive number, or two: height and width"),
+        (dict(kernel_size=0), "kernel_size=0 must be at least 1 on every axis"),
         (dict(stride=(1, 8)), r"stride\[1\] is 8, but kernel_size\[1\] is 7; use at most 7"),
-        (dict(dilation=(1, 2, 3)), r"dilation=\(1, 2, 3\) must be a positive number, or two"),
+        (dict(dilation=(1, 2, 3)), r"dilation=\(1, 2, 3\) has 3 entries, but there are 2 axes; give 1 or 2"),
         (dict(attn_drop=0.1), "attn_drop=0.1 is not computed by NeighborhoodAttention; leave it off"),
     ],
 )

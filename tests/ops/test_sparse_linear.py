@@ -120,6 +120,38 @@ def test_kernels_are_as_accurate_as_eager(case, device):
     compare_op(call("triton", classes, return_lse=True, **case), reference, reference, x, dtype)
 
 
+@pytest.mark.parametrize("project", [False, True])
+def test_additional_keys_are_in_the_softmax_of_every_query(project):
+    x = inputs(batch=2, project=project)
+    text = {name: torch.randn(2, 2, 7, 16, dtype=torch.float64) for name in ("key", "value")}
+    classes = classes_of(x)
+    logits = x["query"] @ torch.cat([x["key"], text["key"]], 2).transpose(-2, -1) / 4
+    seen = torch.cat([token_mask(classes == 1, 90), torch.ones(2, 2, 90, 7, dtype=torch.bool)], 3)
+    logits = logits.masked_fill(~seen, float("-inf"))
+    sparse = logits.softmax(-1) @ torch.cat([x["value"], text["value"]], 2)
+    heads = {name: x[name] for name in ("query", "key", "value")}
+    linear = call("reference", classes)(**heads)[1]
+    out, *rest, lse = call(
+        "reference", classes, additional_key=text["key"], additional_value=text["value"], return_lse=True
+    )(**x)
+    torch.testing.assert_close(lse, logits.logsumexp(-1), **EXACT)
+    if project:
+        torch.testing.assert_close(out, sparse + linear @ x["weight"].T + x["bias"], **EXACT)
+    else:
+        torch.testing.assert_close((out, rest[0]), (sparse, linear), **EXACT)
+
+
+def test_with_additional_keys_kernels_are_as_accurate_as_eager(device):
+    x = inputs(heads=1, length=45, device=device)
+    x |= {
+        f"additional_{name}": torch.randn(1, 1, 7, 16, dtype=torch.float64, device=device)
+        for name in ("key", "value")
+    }
+    classes = classes_of(x)
+    reference = call("reference", classes)
+    compare_op(call("triton", classes), reference, reference, x, HALF)
+
+
 def test_kernels_choose_the_map_of_block_classes(device):
     x = inputs(dtype=HALF, device=device)
     options = {"topk": 0.3, "bottomk": 0.2}
@@ -396,6 +428,8 @@ def test_bad_input_is_named():
     ):
         with pytest.raises(ValueError, match=message):
             sparse_linear_attention(**{**x, **BLOCKS, **change})
+    with pytest.raises(ValueError, match="additional_value is None, but the other is given; give both"):
+        sparse_linear_attention(**x, **BLOCKS, additional_key=x["key"])
     with pytest.raises(TypeError, match="classes has dtype torch.int64; use int8 with 1, 0 and -1"):
         sparse_linear_attention(**x, **BLOCKS, classes=torch.zeros(1, 2, 6, 6).long())
     with pytest.raises(TypeError, match="is_causal"):

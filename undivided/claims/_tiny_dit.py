@@ -137,7 +137,7 @@ def mixed(images: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) -> tupl
 
 def train(
     model: nn.Module, images: torch.Tensor, *, steps: int, batch_size: int, learning_rate: float, seed: int,
-    at: Callable[[int], None] | None = None,
+    new_factor: float = 1.0, at: Callable[[int], None] | None = None,
 ) -> None:  # fmt: skip
     """Trains in place by flow matching; on CUDA a step is one CUDA graph, in bf16.
 
@@ -147,6 +147,7 @@ def train(
         steps, batch_size: of the optimiser.
         learning_rate: the highest; warmed up over a tenth of the steps, then falling to a tenth as a cosine.
         seed: of the order, the times and the noise.
+        new_factor: how many times faster the projections of SLA learn, which are new and start at zero.
         at: called with the number of steps done.
     """
     device = images.device
@@ -154,9 +155,19 @@ def train(
     generator = torch.Generator(device).manual_seed(seed)
     x, target = torch.zeros_like(images[:batch_size]), torch.zeros_like(images[:batch_size])
     time = torch.zeros(batch_size, device=device)
-    rate = torch.zeros((), device=device) if on_cuda else 0.0
+    parts: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    for name, parameter in model.named_parameters():
+        parts["core.proj." in name].append(parameter)
+    groups = [
+        {
+            "params": own,
+            "factor": new_factor if is_new else 1.0,
+            "lr": torch.zeros((), device=device) if on_cuda else 0.0,
+        }
+        for is_new, own in parts.items()
+    ]
     optimiser = torch.optim.AdamW(
-        model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=on_cuda, capturable=on_cuda
+        groups, betas=(0.9, 0.99), weight_decay=0.0, fused=on_cuda, capturable=on_cuda
     )
     state = copy.deepcopy(model.state_dict())
 
@@ -194,7 +205,8 @@ def train(
         warm = min((number + 1) / max(steps // 10, 1), 1.0)
         now = learning_rate * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * number / steps)))
         for group in optimiser.param_groups:
-            group["lr"] = group["lr"].fill_(now) if on_cuda else now
+            own_rate = now * group["factor"]
+            group["lr"] = group["lr"].fill_(own_rate) if on_cuda else own_rate
         run()
         if at is not None:
             at(number + 1)

@@ -26,6 +26,7 @@ from undivided.claims._neighborhood import (
     own_dense,
 )
 from undivided.claims._timing import measured_ceilings
+from undivided.claims._window_quality import strides
 from undivided.cost.gna import end_to_end, simulate
 from undivided.ops.neighborhood import Neighborhood
 
@@ -77,6 +78,12 @@ def _bounds(device: str, quick: bool) -> Iterator[Row]:
             round(report.speedup, 2), "x", better="higher", baseline_name="the table of the use cases",
             baseline=expected, required=1.0,
         )  # fmt: skip
+    for tiling, tiles in (("single", "runs of 64 tokens"), ("multi", "boxes of 8 x 8 tokens")):
+        report = simulate((64, 64), (16, 16), query_tile=(8, 8), key_tile=(8, 8), tiling=tiling)
+        yield measured(
+            "simulated bound of the gain", f"map, 64 x 64 tokens, window 16 x 16, stride 1 x 1, {tiles}",
+            round(report.speedup, 2), "x", better="higher",
+        )  # fmt: skip
     for name, stride, share, expected in MODELS:
         size, window, query_tile, key_tile = CASES[name]
         report = simulate(size, window, stride=stride, query_tile=query_tile, key_tile=key_tile)
@@ -102,6 +109,8 @@ def _speed(device: str, quick: bool) -> Iterator[Row]:
 
 def _rivals(device: str, quick: bool) -> Iterator[Row]:
     """Yields the use cases beside all rivals, forward and backward."""
+    for one in (1, 256):
+        yield from _use_case("line", (one,), ("cuDNN",), heads=1)
     for name, stride in (
         ("line", (1,)), ("line", (256,)), ("line", (2048,)), ("FLUX, 4K", (16, 16)), ("FLUX, 4K", (1, 1)),
         ("HunyuanVideo", (16, 8, 8)), ("HunyuanVideo", (1, 1, 1)),
@@ -112,11 +121,15 @@ def _rivals(device: str, quick: bool) -> Iterator[Row]:
 
 
 def _use_case(
-    name: str, stride: tuple[int, ...], libraries: tuple[str, ...], with_backward: bool = False
+    name: str,
+    stride: tuple[int, ...],
+    libraries: tuple[str, ...],
+    with_backward: bool = False,
+    heads: int = 24,
 ) -> Iterator[Row]:
     """One row a rival and direction; bars where the case has one."""
     size, window, *_ = CASES[name]
-    problem = Problem(name, Neighborhood.of(size, window, stride), 24, 128)
+    problem = Problem(name, Neighborhood.of(size, window, stride), heads, 128)
     report = problem.simulated()
     rivals: dict[str, Call] = {"ours": own(problem), "our full attention": own_dense}
     for library in libraries:
@@ -199,7 +212,9 @@ def _on_gpu(measure: Measure) -> Measure:
     return run
 
 
-_PARTS: dict[str, Measure] = {"bounds": _bounds, "speed": _on_gpu(_speed), "rivals": _on_gpu(_rivals)}
+_PARTS: dict[str, Measure] = {
+    "bounds": _bounds, "speed": _on_gpu(_speed), "rivals": _on_gpu(_rivals), "quality": strides,
+}  # fmt: skip
 CLAIM = Claim(
     slug="gna",
     source="arXiv 2504.16922, experiments; kernel times in the documentation of NATTEN's profiler",

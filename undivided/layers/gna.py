@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
-from undivided.layers._vision import Size, VisionAttention, as_pair, map_size
+from undivided.layers._vision import Size, VisionAttention, map_size
 from undivided.ops.neighborhood import Neighborhood, neighborhood_attention, per_axis
 
 if TYPE_CHECKING:
@@ -20,34 +20,46 @@ class _GridAttention(VisionAttention):
     """What neighborhood attention has in common on grids of any number of axes."""
 
     axes: int
+    # Of `neighborhood_attention`; claims that compare its forms set another.
+    backend = "auto"
 
     def __init__(
         self,
         dim: int,
-        num_heads: int,
-        kernel_size: tuple[int, ...],
-        stride: tuple[int, ...],
-        dilation: tuple[int, ...],
-        causal: bool | Sequence[bool],
-        rel_pos_bias: bool,
-        biases: tuple[bool, bool],
-        proj_drop: float,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-        **off: Any,
+        num_heads: int = 8,
+        kernel_size: int | Sequence[int] = 7,
+        *,
+        stride: int | Sequence[int] = 1,
+        dilation: int | Sequence[int] = 1,
+        causal: bool | Sequence[bool] = False,
+        rel_pos_bias: bool = False,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        qk_norm: bool = False,
+        scale_norm: bool = False,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(dim, num_heads, **off)
-        self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
+        super().__init__(dim, num_heads, attn_drop=attn_drop, qk_norm=qk_norm, scale_norm=scale_norm)
+        given = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
+        numbers = [per_axis(name, value, self.axes, int) for name, value in given.items()]
+        for name, entries in zip(given, numbers, strict=True):
+            if min(entries) < 1:
+                raise ValueError(f"{name}={given[name]} must be at least 1 on every axis.")
+        self.kernel_size, self.stride, self.dilation = numbers
         self.is_causal = per_axis("is_causal", causal, self.axes, bool)
         # The smallest grid on which this window is defined has the last word on the stride.
-        smallest = [kernel * step for kernel, step in zip(kernel_size, dilation, strict=True)]
-        Neighborhood.of(smallest, kernel_size, stride, dilation, self.is_causal)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=biases[0], device=device, dtype=dtype)
-        self.proj = nn.Linear(dim, dim, bias=biases[1], device=device, dtype=dtype)
+        smallest = [kernel * step for kernel, step in zip(self.kernel_size, self.dilation, strict=True)]
+        Neighborhood.of(smallest, self.kernel_size, self.stride, self.dilation, self.is_causal)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
         self.rpb: nn.Parameter | None = None
         if rel_pos_bias:
-            sizes = [2 * kernel - 1 for kernel in kernel_size]
+            sizes = [2 * kernel - 1 for kernel in self.kernel_size]
             self.rpb = nn.Parameter(torch.empty(num_heads, *sizes, device=device, dtype=dtype))
             nn.init.trunc_normal_(self.rpb, std=0.02)
 
@@ -66,6 +78,7 @@ class _GridAttention(VisionAttention):
                 is_causal=self.is_causal,
                 scale=self.scale,
                 relative_bias=self.rpb,
+                backend=self.backend,
             ),
         )
         return self.proj_drop(self.proj(out.flatten(2, -2).transpose(1, 2).flatten(2)))
@@ -134,32 +147,6 @@ class NeighborhoodAttention(_GridAttention):
 
     axes = 2
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        kernel_size: int | Size = 7,
-        *,
-        stride: int | Size = 1,
-        dilation: int | Size = 1,
-        causal: bool | tuple[bool, bool] = False,
-        rel_pos_bias: bool = False,
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        qk_norm: bool = False,
-        scale_norm: bool = False,
-        norm_layer: Callable[..., nn.Module] | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            dim, num_heads, as_pair("kernel_size", kernel_size), as_pair("stride", stride),
-            as_pair("dilation", dilation), causal, rel_pos_bias, (qkv_bias, proj_bias), proj_drop, device, dtype,
-            attn_drop=attn_drop, qk_norm=qk_norm, scale_norm=scale_norm,
-        )  # fmt: skip
-
     def forward(
         self,
         x: torch.Tensor,
@@ -183,7 +170,7 @@ class NeighborhoodAttention1D(_GridAttention):
         num_heads: heads H; they divide `dim`.
         kernel_size, stride, dilation: numbers of the one axis.
         causal: whether windows end at the token.
-        rel_pos_bias, qkv_bias, proj_bias, proj_drop, device, dtype: as in `NeighborhoodAttention`.
+        rel_pos_bias, qkv_bias, proj_bias, proj_drop, device, dtype and the others: as in `NeighborhoodAttention`.
 
     Shape:
         `forward(x [B, N, C])` gives `[B, N, C]`.
@@ -195,28 +182,6 @@ class NeighborhoodAttention1D(_GridAttention):
     """
 
     axes = 1
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        kernel_size: int = 7,
-        *,
-        stride: int = 1,
-        dilation: int = 1,
-        causal: bool = False,
-        rel_pos_bias: bool = False,
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-        proj_drop: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        window, step, distance = _numbers(self.axes, kernel_size, stride, dilation)
-        super().__init__(
-            dim, num_heads, window, step, distance, causal, rel_pos_bias, (qkv_bias, proj_bias), proj_drop, device,
-            dtype,
-        )  # fmt: skip
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.attend(x, self.grid_size(x, None))
@@ -235,7 +200,7 @@ class NeighborhoodAttention3D(_GridAttention):
         num_heads: heads H; they divide `dim`.
         kernel_size, stride, dilation: `(time, height, width)`, or one number for all.
         causal: whether windows end at the token, for all axes or one truth value each, such as `(True, False, False)`.
-        rel_pos_bias, qkv_bias, proj_bias, proj_drop, device, dtype: as in `NeighborhoodAttention`.
+        rel_pos_bias, qkv_bias, proj_bias, proj_drop, device, dtype and the others: as in `NeighborhoodAttention`.
 
     Shape:
         `forward(x [B, N, C], size=(time, height, width))` gives `[B, N, C]`.
@@ -248,28 +213,6 @@ class NeighborhoodAttention3D(_GridAttention):
 
     axes = 3
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        kernel_size: int | tuple[int, int, int] = 7,
-        *,
-        stride: int | tuple[int, int, int] = 1,
-        dilation: int | tuple[int, int, int] = 1,
-        causal: bool | tuple[bool, bool, bool] = False,
-        rel_pos_bias: bool = False,
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-        proj_drop: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        window, step, distance = _numbers(self.axes, kernel_size, stride, dilation)
-        super().__init__(
-            dim, num_heads, window, step, distance, causal, rel_pos_bias, (qkv_bias, proj_bias), proj_drop, device,
-            dtype,
-        )  # fmt: skip
-
     def forward(self, x: torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
         return self.attend(x, self.grid_size(x, size))
 
@@ -279,9 +222,3 @@ class NeighborhoodAttention3D(_GridAttention):
         if size is None or len(size) != 3 or math.prod(size) != x.shape[1]:
             raise ValueError(f"size={size} must be (time, height, width) of the {x.shape[1]} tokens of x.")
         return size
-
-
-def _numbers(axes: int, kernel_size, stride, dilation) -> list[tuple[int, ...]]:
-    """Kernel size, stride and dilation, one number an axis."""
-    given = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
-    return [per_axis(name, value, axes, int) for name, value in given.items()]

@@ -41,7 +41,8 @@ class SparseLinearAttention(nn.Module):
 
     Shape:
         `forward(query, key, value)`, each `[batch, heads, length, head_dim]` after norms and rotations, gives
-        `[batch, heads, length, value_dim]`.
+        `[batch, heads, length, value_dim]`. Further keys and values, `additional_key` and `additional_value` of any
+        length, such as a text's beside an image's, are critical to all queries.
 
     Raises:
         ValueError: an option that is not allowed.
@@ -98,7 +99,14 @@ class SparseLinearAttention(nn.Module):
             if proj_init != "zero":
                 self.proj.weight.fill_diagonal_(float(proj_init))
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        additional_key: torch.Tensor | None = None,
+        additional_value: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         if query.shape[-1] != self.head_dim:
             raise ValueError(
                 f"query has head_dim {query.shape[-1]}; this layer was built for {self.head_dim}."
@@ -107,7 +115,8 @@ class SparseLinearAttention(nn.Module):
             query, key, value, self.proj.weight, self.proj.bias,
             topk=self.topk, bottomk=self.bottomk, feature_map=self.feature_map,
             query_block_size=self.query_block_size, block_size=self.block_size,
-            linear_scope=self.linear_scope, backend=self.backend,
+            linear_scope=self.linear_scope, additional_key=additional_key, additional_value=additional_value,
+            backend=self.backend,
         )  # fmt: skip
 
     def load_official(self, state_dict: dict[str, torch.Tensor]) -> None:

@@ -48,6 +48,18 @@ def store_tile(
 
 
 @triton.jit
+def running_softmax(scores, top, total, scale):
+    """Weights of a tile beside a running softmax, its new maximum and sum, and the factor of what was summed before.
+
+    `scale` is positive, in base 2; so are the maximum and the sum.
+    """
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - new_top[:, None])
+    decay = tl.exp2(top - new_top)
+    return weights, new_top, total * decay + tl.sum(weights, 1), decay
+
+
+@triton.jit
 def add_keys(
     accumulator, top, total, q, key, value, first, last, limit, num_keys, scale, key_stride, value_stride,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -60,11 +72,7 @@ def add_keys(
         if MASKED:
             column = start + tl.arange(0, BLOCK_N)
             scores = tl.where(column[None, :] < limit[:, None], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-        weights = tl.exp2(scores * scale - new_top[:, None])
-        decay = tl.exp2(top - new_top)
-        total = total * decay + tl.sum(weights, 1)
-        top = new_top
+        weights, top, total, decay = running_softmax(scores, top, total, scale)
         v = load_tile(value, start, value_stride, num_keys, VALUE_DIM, BLOCK_N, BLOCK_V, MASKED)
         accumulator = tl.dot(weights.to(v.dtype), v, accumulator * decay[:, None], input_precision=PRECISION)
     return accumulator, top, total
@@ -139,7 +147,7 @@ def shared_memory(device: torch.device) -> int:
 
 def rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with its last axis contiguous."""
-    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def block_width(width: int) -> int:

@@ -11,28 +11,26 @@ import torch
 import triton
 import triton.language as tl
 
-from undivided.ops._flash import LOG2E, Tiling, block_width, shared_memory
+from undivided.ops._flash import LOG2E, Tiling, block_width, rows_contiguous, shared_memory
 from undivided.ops.neighborhood._tables import Neighborhood
 from undivided.ops.neighborhood.boxes import Boxes
 from undivided.ops.neighborhood.triton import (
     Candidates,
     advance,
+    along,
     begin,
-    bounds,
     box_constants,
     choose_cut,
     corner,
     exist,
+    hide,
     indices,
     load_rows,
     numbers,
     place,
-    rows_contiguous,
-    sees,
     sizes_of,
     store_rows,
     strides,
-    visits,
     within,
 )
 
@@ -82,16 +80,12 @@ def _query_kernel(
     key_offset = within(column, dilation, key_strides, WIDE)
     value_offset = within(column, dilation, value_strides, WIDE)
 
-    a, n_a, low_a, high_a = visits(first[0], last[0], kernel_size[0], stride[0], R0, C0, CAUSAL_0, False)
-    b, n_b, low_b, high_b = visits(first[1], last[1], kernel_size[1], stride[1], R1, C1, CAUSAL_1, False)
-    c, n_c, low_c, high_c = visits(first[2], last[2], kernel_size[2], stride[2], R2, C2, CAUSAL_2, False)
-    start_0, width_0 = bounds(first[0], row[0], last[0], kernel_size[0], stride[0], CAUSAL_0, False)
-    start_1, width_1 = bounds(first[1], row[1], last[1], kernel_size[1], stride[1], CAUSAL_1, False)
-    start_2, width_2 = bounds(first[2], row[2], last[2], kernel_size[2], stride[2], CAUSAL_2, False)
-    first_b, end_b = b, b + n_b * C1
-    first_c, end_c = c, c + n_c * C2
+    begins, ends, boxes, low, high, start, width = along(
+        first, row, last, kernel_size, stride, R0, R1, R2, C0, C1, C2, CAUSAL_0, CAUSAL_1, CAUSAL_2, False
+    )  # fmt: skip
+    a, b, c = begins
     dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for _ in tl.range(0, n_a * n_b * n_c):
+    for _ in tl.range(0, boxes):
         at = (a, b, c)
         inside = exist(at, column, last)
         k = key + corner(at, residue, dilation, key_strides)
@@ -99,26 +93,14 @@ def _query_kernel(
         v = value + corner(at, residue, dilation, value_strides)
         v = load_rows(v, value_offset, inside, VALUE_DIM, BLOCK_V, OVERRUNS)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        scores = hide(
+            scores, at, column, low, high, start, width, C0, C1, C2, MASKED_0, MASKED_1, MASKED_2
+        )  # fmt: skip
         weights = tl.exp2(scores * scale_log2 - log_sum[:, None])
-        if MASKED_0 or MASKED_1 or MASKED_2:
-            is_full = True
-            if MASKED_0:
-                is_full = is_full & (a >= low_a) & (a + C0 <= high_a)
-            if MASKED_1:
-                is_full = is_full & (b >= low_b) & (b + C1 <= high_b)
-            if MASKED_2:
-                is_full = is_full & (c >= low_c) & (c + C2 <= high_c)
-            if not is_full:
-                if MASKED_0:
-                    weights = tl.where(sees(column[0] + a, start_0, width_0), weights, 0.0)
-                if MASKED_1:
-                    weights = tl.where(sees(column[1] + b, start_1, width_1), weights, 0.0)
-                if MASKED_2:
-                    weights = tl.where(sees(column[2] + c, start_2, width_2), weights, 0.0)
         dweights = tl.dot(gradient, tl.trans(v), input_precision=PRECISION)
         dscores = weights * (dweights - row_delta[:, None])
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
-        a, b, c = advance(a, b, c, first_b, first_c, end_b, end_c, C0, C1, C2)
+        a, b, c = advance(a, b, c, begins, ends, C0, C1, C2)
 
     dquery += begin(batch, head, first, residue, dilation, dquery_strides)
     store_rows(dquery, within(row, dilation, dquery_strides, WIDE), row_exists, dq * scale, HEAD_DIM, BLOCK_D)
@@ -156,14 +138,9 @@ def _key_kernel(
     dout_offset = within(column, dilation, dout_strides, WIDE)
     sums_offset = within(column, dilation, lse_strides, WIDE)
 
-    low_0, n_a, low_a, high_a = visits(first[0], last[0], kernel_size[0], stride[0], R0, C0, CAUSAL_0, True)
-    low_1, n_b, low_b, high_b = visits(first[1], last[1], kernel_size[1], stride[1], R1, C1, CAUSAL_1, True)
-    low_2, n_c, low_c, high_c = visits(first[2], last[2], kernel_size[2], stride[2], R2, C2, CAUSAL_2, True)
-    start_0, width_0 = bounds(first[0], row[0], last[0], kernel_size[0], stride[0], CAUSAL_0, True)
-    start_1, width_1 = bounds(first[1], row[1], last[1], kernel_size[1], stride[1], CAUSAL_1, True)
-    start_2, width_2 = bounds(first[2], row[2], last[2], kernel_size[2], stride[2], CAUSAL_2, True)
-    end_1 = low_1 + n_b * C1
-    end_2 = low_2 + n_c * C2
+    begins, ends, boxes, low, high, start, width = along(
+        first, row, last, kernel_size, stride, R0, R1, R2, C0, C1, C2, CAUSAL_0, CAUSAL_1, CAUSAL_2, True
+    )  # fmt: skip
     dk = tl.zeros([ROWS, BLOCK_D], tl.float32)
     dv = tl.zeros([ROWS, BLOCK_V], tl.float32)
     for member in range(key_group):
@@ -171,8 +148,8 @@ def _key_kernel(
         queries = query + batch * query_strides[0] + head * query_strides[1]
         gradients = dout + batch * dout_strides[0] + head * dout_strides[1]
         sums = batch * lse_strides[0] + head * lse_strides[1]
-        a, b, c = low_0, low_1, low_2
-        for _ in tl.range(0, n_a * n_b * n_c):
+        a, b, c = begins
+        for _ in tl.range(0, boxes):
             at = (a, b, c)
             inside = exist(at, column, last)
             q = queries + corner(at, residue, dilation, query_strides)
@@ -187,27 +164,15 @@ def _key_kernel(
                 log_sum = tl.load(lse + sums_at)
                 row_delta = tl.load(delta + sums_at)
             scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            scores = hide(
+                scores, at, column, low, high, start, width, C0, C1, C2, MASKED_0, MASKED_1, MASKED_2
+            )  # fmt: skip
             weights = tl.exp2(scores * scale_log2 - (log_sum * 1.4426950408889634)[None, :])
-            if MASKED_0 or MASKED_1 or MASKED_2:
-                is_full = True
-                if MASKED_0:
-                    is_full = is_full & (a >= low_a) & (a + C0 <= high_a)
-                if MASKED_1:
-                    is_full = is_full & (b >= low_b) & (b + C1 <= high_b)
-                if MASKED_2:
-                    is_full = is_full & (c >= low_c) & (c + C2 <= high_c)
-                if not is_full:
-                    if MASKED_0:
-                        weights = tl.where(sees(column[0] + a, start_0, width_0), weights, 0.0)
-                    if MASKED_1:
-                        weights = tl.where(sees(column[1] + b, start_1, width_1), weights, 0.0)
-                    if MASKED_2:
-                        weights = tl.where(sees(column[2] + c, start_2, width_2), weights, 0.0)
             dv = tl.dot(weights.to(gradient.dtype), gradient, dv, input_precision=PRECISION)
             dweights = tl.dot(v, tl.trans(gradient), input_precision=PRECISION)
             dscores = weights * (dweights - row_delta[None, :])
             dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
-            a, b, c = advance(a, b, c, low_1, low_2, end_1, end_2, C0, C1, C2)
+            a, b, c = advance(a, b, c, begins, ends, C0, C1, C2)
 
     dkey += begin(batch, key_head, first, residue, dilation, dkey_strides)
     dvalue += begin(batch, key_head, first, residue, dilation, dvalue_strides)
@@ -261,7 +226,8 @@ def backward(
         query, key, value, out, dout, lse, dlse, delta, dquery, scale, scale * LOG2E, heads, heads // key_heads,
         *numbers(neighborhood), *map(strides, (query, key, value, out, dout, lse[..., None], dquery)),
         **box_constants(boxes, neighborhood, query, key, value, out, dout, dquery),
-        HAS_DLSE=dlse is not None, **constants, num_warps=cut.num_warps, num_stages=cut.num_stages,
+        HAS_DLSE=dlse is not None, **constants,
+        num_warps=cut.num_warps, num_stages=cut.num_stages,
     )  # fmt: skip
     cut, boxes = cut_of(_KEY if is_half else _KEY_FLOAT32, True)
     _key_kernel[boxes.programs * batch * key_heads,](

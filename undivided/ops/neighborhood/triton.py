@@ -14,7 +14,15 @@ import torch
 import triton
 import triton.language as tl
 
-from undivided.ops._flash import LOG2E, Tiling, block_width, precision, shared_memory
+from undivided.ops._flash import (
+    LOG2E,
+    Tiling,
+    block_width,
+    precision,
+    rows_contiguous,
+    running_softmax,
+    shared_memory,
+)
 from undivided.ops.neighborhood._tables import Neighborhood
 from undivided.ops.neighborhood.boxes import Boxes, choose_boxes
 
@@ -166,16 +174,69 @@ def sees(column, start, width):
 
 
 @triton.jit
+def along(
+    first, row, last, kernel_size, stride, R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, C0: tl.constexpr,
+    C1: tl.constexpr, C2: tl.constexpr, CAUSAL_0: tl.constexpr, CAUSAL_1: tl.constexpr, CAUSAL_2: tl.constexpr,
+    INVERSE: tl.constexpr,
+):  # fmt: skip
+    """Of the three axes `visits` and `bounds`: first columns, their end, all boxes; what all rows see; each row."""
+    a, n_a, low_0, high_0 = visits(first[0], last[0], kernel_size[0], stride[0], R0, C0, CAUSAL_0, INVERSE)
+    b, n_b, low_1, high_1 = visits(first[1], last[1], kernel_size[1], stride[1], R1, C1, CAUSAL_1, INVERSE)
+    c, n_c, low_2, high_2 = visits(first[2], last[2], kernel_size[2], stride[2], R2, C2, CAUSAL_2, INVERSE)
+    start_0, width_0 = bounds(first[0], row[0], last[0], kernel_size[0], stride[0], CAUSAL_0, INVERSE)
+    start_1, width_1 = bounds(first[1], row[1], last[1], kernel_size[1], stride[1], CAUSAL_1, INVERSE)
+    start_2, width_2 = bounds(first[2], row[2], last[2], kernel_size[2], stride[2], CAUSAL_2, INVERSE)
+    end = (a + n_a * C0, b + n_b * C1, c + n_c * C2)
+    low, high = (low_0, low_1, low_2), (high_0, high_1, high_2)
+    return (
+        (a, b, c),
+        end,
+        n_a * n_b * n_c,
+        low,
+        high,
+        (start_0, start_1, start_2),
+        (width_0, width_1, width_2),
+    )
+
+
+@triton.jit
+def hide(
+    scores, at, column, low, high, start, width, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr,
+    MASKED_0: tl.constexpr, MASKED_1: tl.constexpr, MASKED_2: tl.constexpr,
+):  # fmt: skip
+    """Scores of a box whose first indices are `at`, -inf where a row does not see a column.
+
+    A box that all rows see takes no mask.
+    """
+    if MASKED_0 or MASKED_1 or MASKED_2:
+        is_full = True
+        if MASKED_0:
+            is_full = is_full & (at[0] >= low[0]) & (at[0] + C0 <= high[0])
+        if MASKED_1:
+            is_full = is_full & (at[1] >= low[1]) & (at[1] + C1 <= high[1])
+        if MASKED_2:
+            is_full = is_full & (at[2] >= low[2]) & (at[2] + C2 <= high[2])
+        if not is_full:
+            if MASKED_0:
+                scores = tl.where(sees(column[0] + at[0], start[0], width[0]), scores, float("-inf"))
+            if MASKED_1:
+                scores = tl.where(sees(column[1] + at[1], start[1], width[1]), scores, float("-inf"))
+            if MASKED_2:
+                scores = tl.where(sees(column[2] + at[2], start[2], width[2]), scores, float("-inf"))
+    return scores
+
+
+@triton.jit
 def advance(
-    a, b, c, low_b, low_c, end_b, end_c, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr
+    a, b, c, begin, end, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr
 ):  # fmt: skip
     """The first indices of the next box in row-major order."""
     c += C2
-    carry = c >= end_c
-    c = tl.where(carry, low_c, c)
+    carry = c >= end[2]
+    c = tl.where(carry, begin[2], c)
     b = tl.where(carry, b + C1, b)
-    carry = carry & (b >= end_b)
-    b = tl.where(carry, low_b, b)
+    carry = carry & (b >= end[1])
+    b = tl.where(carry, begin[1], b)
     a = tl.where(carry, a + C0, a)
     return a, b, c
 
@@ -212,49 +273,29 @@ def _forward_kernel(
     key_offset = within(column, dilation, key_strides, WIDE)
     value_offset = within(column, dilation, value_strides, WIDE)
 
-    a, n_a, low_a, high_a = visits(first[0], last[0], kernel_size[0], stride[0], R0, C0, CAUSAL_0, False)
-    b, n_b, low_b, high_b = visits(first[1], last[1], kernel_size[1], stride[1], R1, C1, CAUSAL_1, False)
-    c, n_c, low_c, high_c = visits(first[2], last[2], kernel_size[2], stride[2], R2, C2, CAUSAL_2, False)
-    start_0, width_0 = bounds(first[0], row[0], last[0], kernel_size[0], stride[0], CAUSAL_0, False)
-    start_1, width_1 = bounds(first[1], row[1], last[1], kernel_size[1], stride[1], CAUSAL_1, False)
-    start_2, width_2 = bounds(first[2], row[2], last[2], kernel_size[2], stride[2], CAUSAL_2, False)
-    first_b, end_b = b, b + n_b * C1
-    first_c, end_c = c, c + n_c * C2
+    begins, ends, boxes, low, high, start, width = along(
+        first, row, last, kernel_size, stride, R0, R1, R2, C0, C1, C2, CAUSAL_0, CAUSAL_1, CAUSAL_2, False
+    )  # fmt: skip
+    a, b, c = begins
 
     # Finite, so that differences of maxima are never NaN; the exponential of -inf minus it is 0.
     top = tl.full([ROWS], -1.0e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     accumulator = tl.zeros([ROWS, BLOCK_V], tl.float32)
-    for _ in tl.range(0, n_a * n_b * n_c):
+    for _ in tl.range(0, boxes):
         at = (a, b, c)
         inside = exist(at, column, last)
         k = key + corner(at, residue, dilation, key_strides)
         k = load_rows(k, key_offset, inside, HEAD_DIM, BLOCK_D, OVERRUNS)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        if MASKED_0 or MASKED_1 or MASKED_2:
-            is_full = True
-            if MASKED_0:
-                is_full = is_full & (a >= low_a) & (a + C0 <= high_a)
-            if MASKED_1:
-                is_full = is_full & (b >= low_b) & (b + C1 <= high_b)
-            if MASKED_2:
-                is_full = is_full & (c >= low_c) & (c + C2 <= high_c)
-            if not is_full:
-                if MASKED_0:
-                    scores = tl.where(sees(column[0] + a, start_0, width_0), scores, float("-inf"))
-                if MASKED_1:
-                    scores = tl.where(sees(column[1] + b, start_1, width_1), scores, float("-inf"))
-                if MASKED_2:
-                    scores = tl.where(sees(column[2] + c, start_2, width_2), scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-        weights = tl.exp2(scores * scale - new_top[:, None])
-        decay = tl.exp2(top - new_top)
-        total = total * decay + tl.sum(weights, 1)
-        top = new_top
+        scores = hide(
+            scores, at, column, low, high, start, width, C0, C1, C2, MASKED_0, MASKED_1, MASKED_2
+        )  # fmt: skip
+        weights, top, total, decay = running_softmax(scores, top, total, scale)
         v = value + corner(at, residue, dilation, value_strides)
         v = load_rows(v, value_offset, inside, VALUE_DIM, BLOCK_V, OVERRUNS)
         accumulator = tl.dot(weights.to(v.dtype), v, accumulator * decay[:, None], input_precision=PRECISION)
-        a, b, c = advance(a, b, c, first_b, first_c, end_b, end_c, C0, C1, C2)
+        a, b, c = advance(a, b, c, begins, ends, C0, C1, C2)
 
     # A query sees itself, so the sum is never 0.
     out += begin(batch, head, first, residue, dilation, out_strides)
@@ -344,11 +385,6 @@ def empty_outputs(query, value):
     batch, heads, *size, _ = query.shape
     out = query.new_empty((batch, *size, heads, value.shape[-1])).movedim(-2, 1)
     return out, query.new_empty((batch, heads, *size), dtype=torch.float32)
-
-
-def rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with its last axis contiguous."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def sizes_of(query, value) -> dict[str, object]:

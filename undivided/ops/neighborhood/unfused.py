@@ -21,11 +21,12 @@ import torch
 import triton
 import triton.language as tl
 
-from undivided.ops._flash import block_width, precision
+from undivided.ops._flash import block_width, precision, rows_contiguous
 from undivided.ops.neighborhood._tables import Neighborhood
 from undivided.ops.neighborhood.boxes import choose_boxes
 from undivided.ops.neighborhood.triton import (
     advance,
+    along,
     begin,
     bounds,
     box_constants,
@@ -35,11 +36,9 @@ from undivided.ops.neighborhood.triton import (
     load_rows,
     numbers,
     place,
-    rows_contiguous,
     sees,
     store_rows,
     strides,
-    visits,
     within,
 )
 
@@ -94,25 +93,21 @@ def _query_kernel(
     weights += begin(batch, head, first, residue, dilation, weight_strides)
     weight_offset = within(row, dilation, weight_strides, WIDE)
 
-    a, n_a, _, _ = visits(first[0], last[0], kernel_size[0], stride[0], R0, C0, CAUSAL_0, False)
-    b, n_b, _, _ = visits(first[1], last[1], kernel_size[1], stride[1], R1, C1, CAUSAL_1, False)
-    c, n_c, _, _ = visits(first[2], last[2], kernel_size[2], stride[2], R2, C2, CAUSAL_2, False)
-    start_0, width_0 = bounds(first[0], row[0], last[0], kernel_size[0], stride[0], CAUSAL_0, False)
-    start_1, width_1 = bounds(first[1], row[1], last[1], kernel_size[1], stride[1], CAUSAL_1, False)
-    start_2, width_2 = bounds(first[2], row[2], last[2], kernel_size[2], stride[2], CAUSAL_2, False)
-    first_b, end_b = b, b + n_b * C1
-    first_c, end_c = c, c + n_c * C2
-    start_slot = _slot(start_0, start_1, start_2, kernel_size)
+    begins, ends, boxes, low, high, start, width = along(
+        first, row, last, kernel_size, stride, R0, R1, R2, C0, C1, C2, CAUSAL_0, CAUSAL_1, CAUSAL_2, False
+    )  # fmt: skip
+    a, b, c = begins
+    start_slot = _slot(start[0], start[1], start[2], kernel_size)
     if MIXES:
         accumulator = tl.zeros([ROWS, BLOCK], tl.float32)
     else:
         q = load_rows(query, query_offset, row_exists, WIDTH, BLOCK, True)
-    for _ in tl.range(0, n_a * n_b * n_c):
+    for _ in tl.range(0, boxes):
         at = (a, b, c)
         k = key + corner(at, residue, dilation, key_strides)
         k = load_rows(k, key_offset, exist(at, column, last), WIDTH, BLOCK, True)
-        seen = sees(column[0] + a, start_0, width_0) & sees(column[1] + b, start_1, width_1)
-        seen = seen & sees(column[2] + c, start_2, width_2) & row_exists[:, None]
+        seen = sees(column[0] + a, start[0], width[0]) & sees(column[1] + b, start[1], width[1])
+        seen = seen & sees(column[2] + c, start[2], width[2]) & row_exists[:, None]
         slot = _slot(column[0] + a, column[1] + b, column[2] + c, kernel_size)[None, :] - start_slot[:, None]
         pointer = weights + weight_offset[:, None] + slot
         if MIXES:
@@ -121,7 +116,7 @@ def _query_kernel(
         else:
             scores = _product(q, k, AS_GEMM, PRECISION) * scale
             tl.store(pointer, scores.to(weights.dtype.element_ty), mask=seen)
-        a, b, c = advance(a, b, c, first_b, first_c, end_b, end_c, C0, C1, C2)
+        a, b, c = advance(a, b, c, begins, ends, C0, C1, C2)
     if MIXES:
         store_rows(query, query_offset, row_exists, accumulator * scale, WIDTH, BLOCK)
 
@@ -147,15 +142,10 @@ def _key_kernel(
     row = indices(ROWS, R1, R2)
     column = indices(COLUMNS, C1, C2)
     row_exists = exist(first, row, last)
-    low_0, n_a, _, _ = visits(first[0], last[0], kernel_size[0], stride[0], R0, C0, CAUSAL_0, True)
-    low_1, n_b, _, _ = visits(first[1], last[1], kernel_size[1], stride[1], R1, C1, CAUSAL_1, True)
-    low_2, n_c, _, _ = visits(first[2], last[2], kernel_size[2], stride[2], R2, C2, CAUSAL_2, True)
-    start_0, width_0 = bounds(first[0], row[0], last[0], kernel_size[0], stride[0], CAUSAL_0, True)
-    start_1, width_1 = bounds(first[1], row[1], last[1], kernel_size[1], stride[1], CAUSAL_1, True)
-    start_2, width_2 = bounds(first[2], row[2], last[2], kernel_size[2], stride[2], CAUSAL_2, True)
+    begins, ends, boxes, low, high, start, width = along(
+        first, row, last, kernel_size, stride, R0, R1, R2, C0, C1, C2, CAUSAL_0, CAUSAL_1, CAUSAL_2, True
+    )  # fmt: skip
     key_slot = _slot(first[0] + row[0], first[1] + row[1], first[2] + row[2], kernel_size)
-    end_1 = low_1 + n_b * C1
-    end_2 = low_2 + n_c * C2
     query_offset = within(column, dilation, query_strides, WIDE)
     weight_offset = within(column, dilation, weight_strides, WIDE)
     accumulator = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -163,13 +153,13 @@ def _key_kernel(
         head = key_head * key_group + member
         queries = query + batch * query_strides[0] + head * query_strides[1]
         own = weights + batch * weight_strides[0] + head * weight_strides[1]
-        a, b, c = low_0, low_1, low_2
-        for _ in tl.range(0, n_a * n_b * n_c):
+        a, b, c = begins
+        for _ in tl.range(0, boxes):
             at = (a, b, c)
             q = queries + corner(at, residue, dilation, query_strides)
             q = load_rows(q, query_offset, exist(at, column, last), WIDTH, BLOCK, True)
-            seen = sees(column[0] + a, start_0, width_0) & sees(column[1] + b, start_1, width_1)
-            seen = seen & sees(column[2] + c, start_2, width_2) & row_exists[:, None]
+            seen = sees(column[0] + a, start[0], width[0]) & sees(column[1] + b, start[1], width[1])
+            seen = seen & sees(column[2] + c, start[2], width[2]) & row_exists[:, None]
             from_0, _ = bounds(a, column[0], last[0], kernel_size[0], stride[0], CAUSAL_0, False)
             from_1, _ = bounds(b, column[1], last[1], kernel_size[1], stride[1], CAUSAL_1, False)
             from_2, _ = bounds(c, column[2], last[2], kernel_size[2], stride[2], CAUSAL_2, False)
@@ -177,7 +167,7 @@ def _key_kernel(
             origin = own + corner(at, residue, dilation, weight_strides)
             w = tl.load(origin + weight_offset[None, :] + slot, mask=seen, other=0.0)
             accumulator = _add_product(accumulator, w, q, AS_GEMM, PRECISION)
-            a, b, c = advance(a, b, c, low_1, low_2, end_1, end_2, C0, C1, C2)
+            a, b, c = advance(a, b, c, begins, ends, C0, C1, C2)
     key += begin(batch, key_head, first, residue, dilation, key_strides)
     store_rows(key, within(row, dilation, key_strides, WIDE), row_exists, accumulator * scale, WIDTH, BLOCK)
 

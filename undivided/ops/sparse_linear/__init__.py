@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from undivided.ops import _rules
 from undivided.ops._backends import Backend, select
 from undivided.ops._triton import availability
 from undivided.ops.block_map import check_block_size
+from undivided.ops.dense import dense_attention
+from undivided.ops.merge import merge_attention
 from undivided.ops.sparse_linear import autograd, reference
 from undivided.ops.sparse_linear.classes import (
     FEATURE_MAPS,
@@ -41,6 +44,8 @@ def sparse_linear_attention(
     block_size: int = 64,
     linear_scope: str = "marginal",
     scale: float | None = None,
+    additional_key: torch.Tensor | None = None,
+    additional_value: torch.Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -66,6 +71,9 @@ def sparse_linear_attention(
         block_size: keys of a block.
         linear_scope: "marginal" (the paper), "noncritical" (the first release) or "all".
         scale: factor of the logits; default `head_dim ** -0.5`.
+        additional_key: `[batch, heads, others, head_dim]`: keys beside those of the map, such as text, that are
+            critical to all queries. They are a second attention, and O^s is of both, by their log-sum-exps.
+        additional_value: `[batch, heads, others, value_dim]`.
         return_lse: also return the log-sum-exp over critical keys.
         backend: "auto", "triton" or "reference".
 
@@ -105,12 +113,16 @@ def sparse_linear_attention(
             raise TypeError(f"classes has dtype {classes.dtype}; use int8 with 1, 0 and -1.")
         if list(classes.shape) != blocks:
             raise ValueError(f"classes has shape {list(classes.shape)}; blocks of these sizes need {blocks}.")
+    if (additional_key is None) != (additional_value is None):
+        missing = "additional_value" if additional_value is None else "additional_key"
+        raise ValueError(f"{missing} is None, but the other is given; give both.")
+    has_others = additional_key is not None and additional_value is not None
     arguments = {
         "query": query,
         "key": key,
         "value": value,
-        "weight": weight,
-        "bias": bias,
+        "weight": None if has_others else weight,
+        "bias": None if has_others else bias,
         "classes": classes,
         "topk": topk,
         "bottomk": bottomk,
@@ -123,6 +135,16 @@ def sparse_linear_attention(
     chosen = select("sparse_linear_attention", BACKENDS, backend, query.device, arguments)
     with torch.autocast(query.device.type, enabled=False):
         out, linear, lse = chosen.run(**arguments)
+        if additional_key is not None and additional_value is not None:
+            others = dense_attention(
+                query, additional_key, additional_value, scale=arguments["scale"], return_lse=True
+            )
+            out, lse = merge_attention([out, others[0]], [lse, others[1]])
+            if weight is not None:
+                # The projection is kept in float32 in training; products are of the type of the queries.
+                out = out + F.linear(
+                    linear, weight.to(out.dtype), None if bias is None else bias.to(out.dtype)
+                )
     found = (out,) if weight is not None else (out, linear)
     found = (*found, lse) if return_lse else found
     return found[0] if len(found) == 1 else found

@@ -46,58 +46,61 @@ def phi_gradient(x, features, gradient, FEATURE: tl.constexpr):
     return result
 
 
-# One program: the tokens of one block and head. Of keys and values, read once, it writes the mean key and the sums over
-# the keys, HEAD_DIM x VALUE_DIM and then HEAD_DIM numbers; with FOLD of values that are projected before. Programs
-# behind those of the keys write mean queries.
+# One program: the tokens of GROUP blocks of one head, one block after the other, the next being loaded meanwhile. Of
+# keys and values, read once, it writes the mean key and the sums over the keys, HEAD_DIM x VALUE_DIM and then HEAD_DIM
+# numbers; with FOLD of values that are projected before. Programs behind those of the keys write mean queries.
 @triton.jit
 def _sums_kernel(
-    query, key, value, weight, query_means, key_means, sums, num_queries, num_keys, heads, key_blocks,
+    query, key, value, weight, query_means, key_means, sums, num_queries, num_keys, heads, rows, key_blocks,
     query_stride_b, query_stride_h, query_stride_n, key_stride_b, key_stride_h, key_stride_m,
     value_stride_b, value_stride_h, value_stride_m,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FEATURE: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, FEATURE: tl.constexpr, FOLD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0)
+    program = tl.program_id(0)
     head = tl.program_id(1) % heads
     batch = (tl.program_id(1) // heads).to(tl.int64)
-    column = tl.arange(0, BLOCK_D)
-    if block < key_blocks:
-        first = block * BLOCK_N
+    key_programs = tl.cdiv(key_blocks, GROUP)
+    if program < key_programs:
         key += batch * key_stride_b + head * key_stride_h
         value += batch * value_stride_b + head * value_stride_h
-        place = (batch * heads + head) * key_blocks + block
-        k = load_tile(key, first, key_stride_m, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D, True)
-        if key_means is not None:
-            mean = tl.sum(k.to(tl.float32), 0) / tl.minimum(num_keys - first, BLOCK_N)
-            tl.store(key_means + place * HEAD_DIM + column, mean, mask=column < HEAD_DIM)
-        if sums is not None:
-            v = load_tile(value, first, value_stride_m, num_keys, VALUE_DIM, BLOCK_N, BLOCK_V, True)
-            if FOLD:
-                w = load_tile(
-                    weight, 0, VALUE_DIM, VALUE_DIM, VALUE_DIM, BLOCK_V, BLOCK_V, VALUE_DIM < BLOCK_V
+        place = (batch * heads + head) * key_blocks
+        if FOLD:
+            w = load_tile(weight, 0, VALUE_DIM, VALUE_DIM, VALUE_DIM, BLOCK_V, BLOCK_V, VALUE_DIM < BLOCK_V)
+        for block in tl.range(program * GROUP, tl.minimum(program * GROUP + GROUP, key_blocks)):
+            first = block * BLOCK_N
+            k = load_tile(key, first, key_stride_m, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D, True)
+            if sums is not None:
+                v = load_tile(value, first, value_stride_m, num_keys, VALUE_DIM, BLOCK_N, BLOCK_V, True)
+                if FOLD:
+                    v = tl.dot(v, tl.trans(w), input_precision=PRECISION).to(v.dtype)
+                inside = first + tl.arange(0, BLOCK_N) < num_keys
+                features = phi(k, inside, FEATURE, HEAD_DIM, BLOCK_D).to(v.dtype)
+                products = tl.dot(tl.trans(features), v, input_precision=PRECISION)
+                norm = tl.sum(features.to(tl.float32), 0)
+                store_sums(sums, products, norm, place + block, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V)
+            if key_means is not None:
+                store_mean(
+                    key_means, k, place + block, tl.minimum(num_keys - first, BLOCK_N), HEAD_DIM, BLOCK_D
                 )
-                v = tl.dot(v, tl.trans(w), input_precision=PRECISION).to(v.dtype)
-            inside = first + tl.arange(0, BLOCK_N) < num_keys
-            features = phi(k, inside, FEATURE, HEAD_DIM, BLOCK_D).to(v.dtype)
-            products = tl.dot(tl.trans(features), v, input_precision=PRECISION)
-            store_sums(
-                sums,
-                products,
-                tl.sum(features.to(tl.float32), 0),
-                place,
-                HEAD_DIM,
-                VALUE_DIM,
-                BLOCK_D,
-                BLOCK_V,
-            )
     elif query_means is not None:
-        block -= key_blocks
-        first = block * BLOCK_M
         query += batch * query_stride_b + head * query_stride_h
-        q = load_tile(query, first, query_stride_n, num_queries, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-        mean = tl.sum(q.to(tl.float32), 0) / tl.minimum(num_queries - first, BLOCK_M)
-        place = (batch * heads + head) * tl.cdiv(num_queries, BLOCK_M) + block
-        tl.store(query_means + place * HEAD_DIM + column, mean, mask=column < HEAD_DIM)
+        place = (batch * heads + head) * rows
+        program -= key_programs
+        for block in tl.range(program * GROUP, tl.minimum(program * GROUP + GROUP, rows)):
+            first = block * BLOCK_M
+            q = load_tile(query, first, query_stride_n, num_queries, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+            store_mean(
+                query_means, q, place + block, tl.minimum(num_queries - first, BLOCK_M), HEAD_DIM, BLOCK_D
+            )
+
+
+@triton.jit
+def store_mean(means, tile, place, count, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Stores the sum of the rows of a tile over `count` as row `place`."""
+    column = tl.arange(0, COLUMNS)
+    tl.store(means + place * WIDTH + column, tl.sum(tile.to(tl.float32), 0) / count, mask=column < WIDTH)
 
 
 @triton.jit
@@ -183,6 +186,10 @@ def _forward_kernel(
         store_rows(out, linear, batch, head, heads, positions, inside, num_queries, VALUE_DIM, BLOCK_V)
 
 
+# Blocks of a program: enough that it waits for the first of them alone, and few enough for many programs.
+_GROUP = 4
+
+
 def sums_of(query, key, value, weight, query_block_size, block_size, feature_map, means):
     """Returns the mean queries and keys of each block in float32 if `means`, else None, and the sums over its keys.
 
@@ -206,12 +213,15 @@ def _summed(query, key, value, weight, query_block_size, block_size, feature_map
         key_means = key.new_empty((batch, heads, blocks, head_dim), dtype=torch.float32)
     if with_sums:
         sums = key.new_empty((batch, heads, blocks, head_dim * (value_dim + 1)))
-    _sums_kernel[blocks + (rows if means else 0), batch * heads](
-        query, key, value, weight, query_means, key_means, sums, num_queries, num_keys, heads, blocks,
+    is_half = key.element_size() == 2
+    is_small = is_half and block_size <= 64
+    programs = triton.cdiv(blocks, _GROUP) + (triton.cdiv(rows, _GROUP) if means else 0)
+    _sums_kernel[programs, batch * heads](
+        query, key, value, weight, query_means, key_means, sums, num_queries, num_keys, heads, rows, blocks,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=block_width(head_dim), BLOCK_V=block_width(value_dim),
-        BLOCK_M=query_block_size, BLOCK_N=block_size, FEATURE=feature_map, FOLD=weight is not None,
-        PRECISION=precision(key), num_warps=8,
+        BLOCK_M=query_block_size, BLOCK_N=block_size, GROUP=_GROUP, FEATURE=feature_map, FOLD=weight is not None,
+        PRECISION=precision(key), num_warps=4 if is_small else 8, num_stages=2 if is_half else 1,
     )  # fmt: skip
     return query_means, key_means, sums
 
