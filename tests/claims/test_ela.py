@@ -61,6 +61,17 @@ def test_the_distance_is_that_of_the_strongest_gate():
     assert distance_of_strongest_gate(found, images, centres) == pytest.approx(7 / 4)
 
 
+@pytest.mark.parametrize(("name", "places"), [("resnet18", 8), ("mobilenetv2_035", 17)])
+def test_bodies_differ_in_their_modules_alone(name, places):
+    plain, gated = (ela.body(name, attention, 0) for attention in (None, ELA))
+    modules = [module for module in gated.modules() if isinstance(module, ELA)]
+    assert len(modules) == places
+    extra = sum(p.numel() for module in modules for p in module.parameters())
+    count = (sum(p.numel() for p in net.parameters()) for net in (gated, plain))
+    assert next(count) - extra == next(count)
+    assert gated(torch.randn(2, 1, 28, 28)).shape == (2, 10)
+
+
 def test_parts_and_bars():
-    assert set(load("ela").parts) == {"speed", "localisation", "batches"}
+    assert set(load("ela").parts) == {"speed", "localisation", "batches", "images"}
     assert ela.WITHIN == 1.3

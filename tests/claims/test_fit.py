@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from undivided.claims.fit import CLAIM, FlashViT, gate, levels, seconds_and_gib
+from undivided.claims.fit import CLAIM, FlashViT, gate, levels, pairs, seconds_and_gib
 from undivided.layers.fit import TransformerLayer
 
 
@@ -38,5 +38,13 @@ def test_images_become_rows_of_levels():
     assert levels(torch.zeros(2, 1, 28, 28), 14).shape == (2, 14, 14)
 
 
+def test_marks_are_in_different_groups_and_the_label_says_whether_they_are_alike():
+    x, y = pairs(200, torch.Generator().manual_seed(0))
+    marks = x > 1.5
+    assert (marks.any(-1).any(-1).sum(1) == 2).all() and (marks.sum((1, 2, 3)) == 2).all()
+    assert torch.equal((marks.sum((1, 2)) == 2).any(-1), y.bool())
+    assert 60 < y.sum() < 140
+
+
 def test_the_claim_has_its_parts():
-    assert list(CLAIM.parts) == ["speed", "slope", "quality"]
+    assert list(CLAIM.parts) == ["speed", "slope", "quality", "pairs"]

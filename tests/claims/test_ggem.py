@@ -2,10 +2,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("timm")
 from undivided.claims import ggem, load  # noqa: E402
-from undivided.claims.ggem import paired, small_model  # noqa: E402
+from undivided.claims.ggem import (
+    contrast,
+    correlation_of_heads,
+    paired,
+    pooled,
+    recall_and_precision,
+    small_model,
+)  # noqa: E402
 from undivided.data.images import ImageSet  # noqa: E402
 from undivided.layers.ggem import GGeMPool  # noqa: E402
 
@@ -43,6 +51,35 @@ def test_paired_differences_have_the_interval_of_students_t():
     assert len(ggem._SEEDS) == 10
 
 
+def test_an_arm_without_classes_gives_the_vector_that_is_classified():
+    grey = torch.randint(255, (4, 1, 8, 8), dtype=torch.uint8)
+    images = ImageSet("grey", grey, torch.arange(4), grey, torch.arange(4))
+    for arm in ggem._ARMS:
+        model = small_model(arm, images, 3, num_classes=0).eval()
+        torch.testing.assert_close(pooled(model, images), model(ggem_input(grey)))
+        assert pooled(model, images).shape == (4, 96)
+
+
+def ggem_input(grey):
+    return grey.float() / 127.5 - 1
+
+
+def test_heads_that_say_the_same_are_alike():
+    one, other = torch.randn(500, 1), torch.randn(500, 1)
+    assert correlation_of_heads(torch.cat([one, one, -one, one], 1), 2) == pytest.approx(1.0)
+    assert correlation_of_heads(torch.cat([one, one, other, other], 1), 2) < 0.15
+
+
+def test_images_are_found_by_the_direction_of_their_vectors():
+    labels = torch.tensor([0, 0, 1, 1])
+    axes = torch.tensor([[1.0, 0.0], [3.0, 0.1], [0.0, 1.0], [0.1, 2.0]])
+    assert recall_and_precision(axes, labels) == (100.0, 100.0)
+    recall, precision = recall_and_precision(axes, torch.tensor([0, 1, 0, 1]))
+    assert recall == 0.0 and precision == pytest.approx(100 * (1 / 2 + 1 / 3) / 2)
+    alike = contrast(nn.Identity(), axes, labels)
+    assert alike < 0.01 < contrast(nn.Identity(), axes, torch.tensor([0, 1, 0, 1]))
+
+
 def test_parts_and_bars():
-    assert set(load("ggem").parts) == {"speed", "quality"}
+    assert set(load("ggem").parts) == {"speed", "quality", "retrieval"}
     assert (ggem.BANDWIDTH, ggem.SHARE) == (0.7, 0.01)

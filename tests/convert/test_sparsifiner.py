@@ -11,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
 from undivided.convert.sparsifiner import (  # noqa: E402
     SparsifinerLoss,
+    basis_loss,
     reconstruction_loss,
     set_phase,
     sparse_layers,
@@ -49,6 +50,16 @@ def test_the_report_has_both_stages_and_what_is_left_out():
     sparse, report = sparsify(vit(), keep=0.25, evaluate=lambda model: model(images(1)).sum().item(), **SMALL)
     assert list(report.perplexity) == ["original", "sparse"]
     assert report.approximations[0].startswith("each query but the class token's attends to 5 of 17 keys")
+
+
+def test_thresholds_reach_every_layer_and_the_report():
+    sparse, report = sparsify(vit(), coef_threshold=5e-2, score_threshold=1e-4, **SMALL)
+    predictors = [layer.predictor for layer in sparse_layers(sparse)]
+    assert {(p.coef_threshold, p.score_threshold) for p in predictors} == {(5e-2, 1e-4)}
+    assert report.approximations == [
+        "each query but the class token's attends to keys of a score above 0.0001"
+    ]
+    assert sparse(images()).isfinite().all()
 
 
 def test_phase_one_changes_predictors_alone_and_phase_two_all_else():
@@ -109,6 +120,39 @@ def test_the_loss_is_classes_teacher_and_tokens():
     torch.testing.assert_close(SparsifinerLoss(model, (1, 0, 0))(sparse, x, soft), ce)
 
 
+def test_tokens_may_be_compared_as_distributions():
+    model = vit()
+    sparse, _ = sparsify(model, keep=0.2, **SMALL)
+    x, labels = images(), torch.tensor([0, 1, 2, 3])
+    theirs, ours = (m.forward_features(x)[:, 1:].log_softmax(-1).flatten(0, 1) for m in (model, sparse))
+    want = torch.nn.functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    torch.testing.assert_close(SparsifinerLoss(model, (0, 0, 1), "kl")(sparse, x, labels), want)
+
+
+def test_both_are_trained_at_once_by_the_map_that_chooses():
+    sparse, _ = sparsify(vit(), keep=0.3, **SMALL)
+    set_phase(sparse, "joint")
+    x = images()
+    out = sparse(x)
+    loss = reconstruction_loss(sparse, 0.002)
+    (loss + out.square().sum()).backward()
+    for name, parameter in sparse.named_parameters():
+        assert (parameter.grad is None) == (name in ("cls_token", "pos_embed"))
+    layer = sparse_layers(sparse)[0]
+    query, key, _ = layer.heads(sparse.blocks[0].norm1(sparse._pos_embed(sparse.patch_embed(x))))
+    weights = (layer.scale * query @ key.transpose(-2, -1)).softmax(-1)[:, :, 1:]
+    want = (layer.predictor(query, key).approximation - weights).square().sum()
+    torch.testing.assert_close(layer.reconstruction_error, want)
+    set_phase(sparse, "sparse")
+    torch.testing.assert_close(sparse(x), out)
+
+
+def test_the_loss_of_the_bases_is_the_sum_of_their_entries():
+    sparse, _ = sparsify(vit(), **SMALL)
+    want = sum(layer.predictor.up.abs().sum() for layer in sparse_layers(sparse))
+    torch.testing.assert_close(basis_loss(sparse, 0.1), 0.1 * want)
+
+
 def test_pruned_tokens_are_zero_after_every_block_and_counted():
     sparse, report = sparsify(vit(depth=4), keep=0.5, prune_after=(0, 2), token_keep=0.6, **SMALL)
     outputs = []
@@ -155,6 +199,8 @@ def test_what_cannot_be_converted_is_refused():
         set_phase(sparse, "train")
     with pytest.raises(ValueError, match="no reconstruction error is known"):
         reconstruction_loss(sparse)
+    with pytest.raises(ValueError, match="tokens='cosine' is not one of 'mse', 'kl'"):
+        SparsifinerLoss(vit(), tokens="cosine")
     with pytest.raises(ValueError, match=r"weights=\(1, 2\) must be three"):
         SparsifinerLoss(vit(), (1, 2))
     with pytest.raises(ValueError, match=r"epochs=\(0, 4\) must be two numbers"):

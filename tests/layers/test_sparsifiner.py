@@ -95,14 +95,38 @@ def test_the_keys_of_a_row_are_its_largest_and_of_equals_the_first():
     assert torch.equal(made(*heads()[:2]).indices[0, 0, 0], torch.arange(4))
 
 
-def test_the_first_of_equal_entries_are_taken_as_a_stable_sort_does():
-    scores = (torch.randn(50, 30) * 2).round() / 2
-    scores[::3] = 0.0
-    scores[::6, ::2] = -0.0
-    scores[:, 5] = float("-inf")
-    want = scores.sort(dim=-1, descending=True, stable=True).indices[:, :11].sort(-1).values
-    assert torch.equal(first_largest(scores, 11).sort(-1).values, want)
-    assert torch.equal(first_largest(scores.double(), 11).sort(-1).values, want)
+def test_the_first_of_equal_entries_are_taken_as_a_stable_sort_does(device):
+    scores = (torch.randn(1, 2, 25, 30, device=device) * 2).round() / 2
+    scores[:, :, ::3] = 0.0
+    scores[:, :, ::6, ::2] = -0.0
+    scores[..., 5] = float("-inf")
+    want = scores.sort(dim=-1, descending=True, stable=True).indices[..., :11].sort(-1).values
+    assert torch.equal(first_largest(scores, 11).long(), want)
+    assert torch.equal(first_largest(scores.double(), 11), want)
+
+
+def test_thresholds_may_choose_in_the_place_of_counts():
+    made = predictor(coef_threshold=0.15, score_threshold=0.05)
+    query, key, _ = heads()
+    found = made(query, key)
+    dense = predictor(basis_threshold=0.0)(query, key, phase="reconstruct")
+    with torch.no_grad():
+        q, k = query @ made.q.weight.T + made.q.bias, key @ made.k.weight.T + made.k.bias
+        weights = (made.scale * q[:, :, 1:] @ (k.mT @ made.down)).softmax(-1)
+        want = torch.where(weights > 0.15, weights, 0.0) @ made.basis().T
+    torch.testing.assert_close(found.approximation.detach(), want)
+    assert found.indices is None and dense.seen is None
+    assert torch.equal(found.mask()[:, :, 1:], want > 0.05) and found.mask()[:, :, 0].all()
+    alive = torch.arange(TOKENS - 1) < 6
+    dead = made(query, key, alive.expand(2, -1)).mask()[:, :, 1:, 7:]
+    assert not dead.any()
+
+
+def test_queries_without_a_key_give_zeros():
+    made = layer(score_threshold=1e9)
+    query, key, value = heads()
+    out = made.attend(query, key, value, made.predictor(query, key))
+    assert (out[:, :, 1:] == 0).all() and (out[:, :, 0] != 0).any()
 
 
 def test_with_an_identity_for_a_basis_the_map_is_that_of_softmax_attention():
@@ -158,9 +182,12 @@ def test_gathered_keys_give_what_a_mask_gives(keep):
 
 @pytest.mark.gpu
 def test_tiles_give_what_a_mask_gives(device):
-    masked, tiled = layer(keep=0.2).float().to(device), layer(keep=0.2, impl="block").float().to(device)
+    # FlexAttention has no heads narrower than 16.
+    masked, tiled = (
+        SparsifinerAttention(32, 2, TOKENS, keep=0.2, impl=i).to(device) for i in ("masked", "block")
+    )
     tiled.load_state_dict(masked.state_dict())
-    x = tokens().float().to(device)
+    x = torch.randn(2, TOKENS, 32, device=device)
     with torch.no_grad():
         torch.testing.assert_close(tiled(x), masked(x), rtol=1e-3, atol=1e-3)
 
@@ -231,9 +258,15 @@ def test_wrong_options_are_refused(options, message):
 def test_other_wrong_input_is_refused():
     with pytest.raises(ValueError, match="query has 12 tokens, but the predictor is of 13"):
         predictor()(*heads(tokens=12)[:2])
-    with pytest.raises(ValueError, match="phase='train' is not one of 'dense', 'reconstruct', 'sparse'"):
+    with pytest.raises(
+        ValueError, match="phase='train' is not one of 'dense', 'reconstruct', 'sparse', 'joint'"
+    ):
         predictor()(*heads()[:2], phase="train")
     with pytest.raises(ValueError, match="impl='csr' is not one of 'masked', 'gather', 'block'"):
         SparsifinerAttention(16, 2, 13, impl="csr")
+    with pytest.raises(
+        ValueError, match='impl="gather" reads lists of one length, which score_threshold=0.1 does'
+    ):
+        SparsifinerAttention(16, 2, 13, impl="gather", score_threshold=0.1)
     with pytest.raises(ValueError, match="is_causal=True was given, but SparsifinerAttention takes no mask"):
         layer()(tokens(), is_causal=True)

@@ -42,6 +42,28 @@ def test_a_channel_a_head_attends_by_itself():
     assert not torch.equal(conv(x)[:, 1], conv(other)[:, 1])
 
 
+def test_grouped_heads_know_their_own_channels_alone():
+    made = MSAConv(8, 4, 3, grouped=True, output_proj=False).double()
+    assert made.qkv.weight.shape == (24, 2, 1)
+    x = torch.randn(1, 12, 8, dtype=torch.float64)
+    found = made(x, (3, 4))
+    for head in range(4):
+        own = MSAConv(2, 1, 3, output_proj=False).double()
+        rows = slice(6 * head, 6 * head + 6)
+        own.load_state_dict({"qkv.weight": made.qkv.weight[rows, :, 0], "qkv.bias": made.qkv.bias[rows]})
+        channels = slice(2 * head, 2 * head + 2)
+        torch.testing.assert_close(found[..., channels], own(x[..., channels], (3, 4)))
+
+
+def test_channels_may_be_rolled_in_eight_directions():
+    torch.manual_seed(0)
+    four = MSAConv(16, 2, 3, shift=1).double()
+    eight = MSAConv(16, 2, 3, shift=1, directions=tuple(DIRECTIONS)).double()
+    eight.load_state_dict(four.state_dict())
+    x = torch.randn(1, 20, 16, dtype=torch.float64)
+    assert not torch.allclose(four(x, (4, 5)), eight(x, (4, 5)))
+
+
 def test_weights_of_timms_attention_fit_and_a_window_over_the_map_is_that_attention():
     timm = pytest.importorskip("timm")
     vit = timm.layers.Attention(8, num_heads=2, qkv_bias=True).double()

@@ -71,6 +71,10 @@ TRITON = {
     "cut windows": ((5, 6), (3, 5), 1, "mask", 16, 16),
     "both sides": ((3, 4), (3, 5), (2, 1), "circular", 16, 16),
     "a channel a head": ((6, 4), 3, 1, "zero", 1, 1),
+    "a channel a head, dilated, a kernel larger than the map": ((5, 3), (5, 7), (2, 1), "zero", 1, 1),
+    "a channel a head, cut windows": ((5, 6), (3, 5), 1, "mask", 1, 1),
+    "a channel a head, both sides": ((3, 4), (3, 5), (2, 1), "circular", 1, 1),
+    "a channel of queries and two of values": ((4, 3), 3, 1, "zero", 1, 2),
     "one token": ((1, 1), 3, 1, "zero", 16, 16),
 }
 
@@ -79,7 +83,9 @@ TRITON = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 def test_triton_is_as_accurate_as_the_reference(problem, dtype, device):
     size, kernel_size, dilation, border, dim, value_dim = problem
-    x = inputs(size, batch=1, dim=dim, value_dim=value_dim, device=device)
+    # Channels of three blocks, where heads are channels.
+    heads = 6 if dim == value_dim == 1 else 2
+    x = inputs(size, batch=1, heads=heads, dim=dim, value_dim=value_dim, device=device)
     slow = call(kernel_size, dilation, border, return_lse=True)
     compare_op(call(kernel_size, dilation, border, "triton", return_lse=True), slow, slow, x, dtype)
 
@@ -124,17 +130,21 @@ import torch
 from tests.ops.ahead_of_time import compile_only, name_and_shared
 
 compile_only(name_and_shared)
-from undivided.ops.msa_conv import backward, triton
+from undivided.ops.msa_conv import backward, depthwise, triton
 
 x = torch.empty(1, 4, 40, 40, 80, dtype=torch.bfloat16)
 out, lse = triton.forward(x, x, x, (7, 7), (2, 2), "zero", 0.1)
 backward.backward(out, lse, out, lse, x, x, x, (7, 7), (2, 2), "zero", 0.1)
+x = torch.empty(1, 192, 40, 40, 1, dtype=torch.bfloat16)
+out, lse = depthwise.forward(x, x, x, (7, 7), (1, 1), "zero", 0.1)
+depthwise.backward(out, lse, out, lse, x, x, x, (7, 7), (1, 1), "zero", 0.1)
 """
 
 
 def test_every_kernel_compiles_for_hopper_and_fits_its_shared_memory(run_python):
     lines = [line.split() for line in run_python(COMPILES).stdout.splitlines()]
-    assert {name for name, _ in lines} == {"_forward_kernel", "_query_kernel", "_key_kernel"}
+    tiled = {"_forward_kernel", "_query_kernel", "_key_kernel"}
+    assert {name for name, _ in lines} == tiled | {"_depthwise_forward", "_depthwise_backward"}
     for name, shared in lines:
         assert int(shared) <= 227 * 1024, name
 

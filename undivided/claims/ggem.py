@@ -118,21 +118,25 @@ def _share(device: str) -> Iterator[Row]:
 
 
 _SIZES: dict[str, Any] = {"embed_dim": 96, "depth": 4, "num_heads": 12, "patch_size": 4}
-_STEPS, _BATCH, _RATE, _SEEDS = 200, 256, 2e-3, tuple(range(10))
+_STEPS, _BATCH, _RATE, _SEEDS = 300, 256, 2e-3, tuple(range(10))
 # Two-sided, 95 %, nine degrees of freedom.
 _STUDENT = 2.262
-_OURS, _GEM = "GGeM, a group a head", "GeM"
+_OURS, _GEM, _TOKEN, _MAX = "GGeM, a group a head", "GeM", "the class token", "the maximum"
 _ARMS: dict[str, int | None] = {
-    "the class token": None,
+    _TOKEN: None,
     MEAN: 0,
+    _MAX: 0,
     _GEM: 1,
     _OURS: 12,
     "an exponent a channel": 96,
 }
 
 
-def small_model(arm: str, images: ImageSet, seed: int) -> nn.Module:
-    """Returns an untrained small vision transformer with the pooling of an arm; all start from the same weights."""
+def small_model(arm: str, images: ImageSet, seed: int, num_classes: int | None = None) -> nn.Module:
+    """Returns an untrained small vision transformer with the pooling of an arm; all start from the same weights.
+
+    With 0 classes it gives the pooled vector.
+    """
     from timm.models.vision_transformer import VisionTransformer
 
     from undivided.claims._tiny_vit import tiny_vit
@@ -141,12 +145,17 @@ def small_model(arm: str, images: ImageSet, seed: int) -> nn.Module:
     if groups is None:
         torch.manual_seed(seed)
         shape = images.train_images.shape
-        return VisionTransformer(
+        found = VisionTransformer(
             img_size=shape[-1], in_chans=shape[1], num_classes=images.num_classes, **_SIZES
         )
-    found = tiny_vit(images, seed, **_SIZES)
+    else:
+        found = tiny_vit(images, seed, **_SIZES)
+    if arm == _MAX:
+        found.global_pool = "max"
     if groups:
         replace_pool(found, groups)
+    if num_classes is not None:
+        found.head = nn.Linear(found.num_features, num_classes) if num_classes else nn.Identity()
     return found
 
 
@@ -171,16 +180,22 @@ def _quality(device: str, quick: bool) -> Iterator[Row]:
         f"{len(_SEEDS)} seeds"
     )
     scores: dict[str, list[float]] = {}
+    likeness: dict[str, list[float]] = {}
+    powers: list[float] = []
     for arm in _ARMS:
         found = small_model(arm, images, 0).to(device)
         trainer = Trainer(found, images, batch_size=_BATCH, shift=2)
-        scores[arm] = []
+        scores[arm], likeness[arm] = [], []
         for seed in _SEEDS:
             trainer.reset(small_model(arm, images, seed).state_dict())
             trainer.run(steps=steps, learning_rate=_RATE, seed=seed)
             scores[arm].append(accuracy(found, images))
+            likeness[arm].append(correlation_of_heads(pooled(found, images), _SIZES["num_heads"]))
+            if arm == _OURS:
+                pool = next(module for module in found.modules() if isinstance(module, GGeMPool))
+                powers += pool.exponent.tolist()
         mean, deviation = mean_and_deviation(scores[arm])
-        has_rival = arm not in ("the class token", MEAN)
+        has_rival = arm not in (_TOKEN, MEAN)
         yield measured(
             f"test accuracy, pooled by {arm}", shape, mean, "%", better="higher", deviation=deviation,
             baseline_name=MEAN if has_rival else None,
@@ -195,9 +210,94 @@ def _quality(device: str, quick: bool) -> Iterator[Row]:
         yield measured(
             f"lower end of its 95 % interval, {_OURS}, less {rival}", shape, lower, "points", better="higher"
         )
+        mean, deviation = mean_and_deviation(likeness[_OURS])
+        yield measured(
+            "correlation of channels of different heads in the pooled vector, mean of its size", shape, mean, "",
+            better="lower", deviation=deviation, baseline_name=rival,
+            baseline=mean_and_deviation(likeness[rival])[0],
+        )  # fmt: skip
+    mean, deviation = mean_and_deviation(powers)
+    yield measured(
+        f"learned exponents of {_SIZES['num_heads']} groups, from 3", shape, mean, "", better="higher",
+        deviation=deviation,
+    )  # fmt: skip
+    yield measured("largest learned exponent", shape, max(powers), "", better="higher")
+    yield measured("smallest learned exponent", shape, min(powers), "", better="lower")
 
 
-_PARTS: dict[str, Measure] = {"speed": _speed, "quality": _quality}
+@torch.no_grad()
+def pooled(model: nn.Module, images: ImageSet, count: int = 2000) -> torch.Tensor:
+    """Returns the vectors that are classified, `[count, C]`, of the first test images."""
+    from undivided.claims._tiny_vit import computing, normalised
+
+    found = []
+    for x in images.test_images[:count].split(500):
+        with computing(x.device):
+            features = model.eval().forward_features(normalised(x))
+            found.append(model.forward_head(features, pre_logits=True).float())
+    return torch.cat(found)
+
+
+def correlation_of_heads(vectors: torch.Tensor, num_heads: int) -> float:
+    """Returns the mean absolute correlation, over images, of channels of different heads."""
+    matrix = torch.corrcoef(vectors.T).nan_to_num().abs()
+    head = torch.arange(len(matrix), device=matrix.device) * num_heads // len(matrix)
+    return float(matrix[head[:, None] != head].mean())
+
+
+def contrast(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """InfoNCE of unit vectors at a temperature of 0.1, every image of the same class a positive."""
+    vectors = nn.functional.normalize(model(x).float(), dim=-1)
+    logits = vectors @ vectors.T / 0.1
+    itself = torch.eye(len(y), dtype=torch.bool, device=y.device)
+    others = logits.masked_fill(itself, float("-inf")).log_softmax(-1).masked_fill(itself, 0.0)
+    positive = (y[:, None] == y) & ~itself
+    return -((others * positive).sum(1) / positive.sum(1).clamp(min=1)).mean()
+
+
+def recall_and_precision(vectors: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+    """Returns, in percent, how often the nearest other image is of the class, and the mean average precision."""
+    vectors = nn.functional.normalize(vectors, dim=-1)
+    likeness = (vectors @ vectors.T).fill_diagonal_(float("-inf"))
+    order = likeness.argsort(dim=1, descending=True)[:, :-1]
+    right = (labels[order] == labels[:, None]).float()
+    rank = torch.arange(1, right.shape[1] + 1, device=right.device)
+    precision = (right * right.cumsum(1) / rank).sum(1) / right.sum(1).clamp(min=1)
+    return 100 * float(right[:, 0].mean()), 100 * float(precision.mean())
+
+
+def _retrieval(device: str, quick: bool) -> Iterator[Row]:
+    """Yields how well images of the same class are found by the pooled vector, leaving one out."""
+    from undivided.claims._loss_trainer import LossTrainer
+    from undivided.claims._tiny_lm import mean_and_deviation
+    from undivided.claims._tiny_vit import on_device
+    from undivided.data.images import fashion_mnist
+
+    images = on_device(fashion_mnist(), device)
+    seeds, steps = _SEEDS[: 1 if quick else 3], 20 if quick else _STEPS
+    shape = (
+        f"{images.name}, 2000 test images, {steps} steps of {_BATCH}, InfoNCE by class, {len(seeds)} seeds"
+    )
+    means: dict[str, tuple[float, float]] = {}
+    for arm in (_TOKEN, MEAN, _MAX, _GEM, _OURS):
+        model = small_model(arm, images, 0, num_classes=0).to(device)
+        trainer = LossTrainer(model, images, contrast, batch_size=_BATCH)
+        found = []
+        for seed in seeds:
+            trainer.reset(small_model(arm, images, seed, num_classes=0).state_dict())
+            trainer.run(steps=steps, learning_rate=_RATE, seed=seed)
+            found.append(recall_and_precision(pooled(model, images), images.test_labels[:2000]))
+        both = [mean_and_deviation(values) for values in zip(*found, strict=True)]
+        means[arm] = both[0][0], both[1][0]
+        for place, what in enumerate(("nearest image of the same class", "mean average precision")):
+            yield measured(
+                f"{what}, pooled by {arm}", shape, both[place][0], "%", better="higher", deviation=both[place][1],
+                baseline_name=MEAN if arm in (_MAX, _GEM, _OURS) else None,
+                baseline=means[MEAN][place] if arm in (_MAX, _GEM, _OURS) else None,
+            )  # fmt: skip
+
+
+_PARTS: dict[str, Measure] = {"speed": _speed, "quality": _quality, "retrieval": _retrieval}
 CLAIM = Claim(
     slug="ggem",
     source="arXiv 2212.04114, abstract",

@@ -7,6 +7,8 @@ models fare at sizes that they were not trained at. The network is a reconstruct
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -17,6 +19,7 @@ from torch import nn
 
 from undivided.claims._harness import Claim, Measure, Row, all_of, measured
 from undivided.claims._timing import time_rivals
+from undivided.layers.tic import MSAConv
 from undivided.ops import msa_conv_attention
 from undivided.testing import compare_op
 
@@ -47,9 +50,9 @@ def gate(device: str) -> None:
     """Raises unless the fused operator is as accurate as the reference, with its gradients, and the rival right."""
     on_cuda = device == "cuda"
     size, dim, dtype = ((20, 23), 32, torch.bfloat16) if on_cuda else ((5, 6), 16, torch.float32)
-    for kernel_size, dilation, border in ((7, 1, "zero"), (3, 2, "mask")):
+    for kernel_size, dilation, border, width in ((7, 1, "zero", dim), (5, 1, "zero", 1), (3, 2, "mask", dim)):
         x = {
-            name: torch.randn(1, 2, *size, dim, dtype=torch.float64, device=device)
+            name: torch.randn(1, 2, *size, width, dtype=torch.float64, device=device)
             for name in ("query", "key", "value")
         }
 
@@ -84,11 +87,13 @@ def _extra_mib(run: Callable[[], object]) -> float:
 
 def _speed(device: str, quick: bool) -> Iterator[Row]:
     """Yields times of forward and backward, the shapes with bars first; memory beside inputs and their gradients."""
+    on_cuda = device == "cuda"
     problems = [
         (8, 8, 64, 32, 7),
         (8, 8, 112, 32, 7),
         (8, 8, 32, 32, 7),
         (1, 16, 64, 80, 7),
+        (8, 256, 64, 1, 7),
         (8, 8, 56, 32, 3),
     ]
     if device == "cpu":
@@ -102,20 +107,26 @@ def _speed(device: str, quick: bool) -> Iterator[Row]:
         rivals = {
             FUSED: both(partial(msa_conv_attention, kernel_size=kernel_size)),
             UNFOLD: both(partial(unfolded, kernel_size=kernel_size)),
-            FLASH: both(flash),
         }
-        times = {name: timing.median for name, timing in time_rivals(rivals, device, seconds=0.05).items()}
+        if dim > 1:
+            # Of scalars there is no flash attention.
+            rivals[FLASH] = both(flash)
+        # As a training step in a graph runs them: the launches of small maps take the host longer than the device.
+        timings = time_rivals(rivals, device, method="graph" if on_cuda else "auto", seconds=0.05)
+        times = {name: timing.median for name, timing in timings.items()}
         shape = (
             f"batch {batch}, {side} x {side}, {heads} heads of {dim}, kernel {kernel_size} x {kernel_size}, "
         )
-        shape += "bf16" if device == "cuda" else "float32, reference backend"
-        has_bars = device == "cuda" and kernel_size == 7
-        for rival, required in ((UNFOLD, REQUIRED_SPEED), (FLASH, REQUIRED_FLASH if side >= 64 else None)):
+        shape += "bf16" if on_cuda else "float32, reference backend"
+        has_bars = on_cuda and kernel_size == 7
+        bars = {UNFOLD: REQUIRED_SPEED, FLASH: REQUIRED_FLASH if side >= 64 else None}
+        for rival in list(rivals)[1:]:
+            required = bars[rival]
             yield measured(
-                "MSA-Conv, forward and backward", shape, times[FUSED], "ms", better="lower", baseline_name=rival,
-                baseline=times[rival], required=required if has_bars else None,
+                f"MSA-Conv, forward and backward, against {rival}", shape, times[FUSED], "ms", better="lower",
+                baseline_name=rival, baseline=times[rival], required=required if has_bars else None,
             )  # fmt: skip
-        if device == "cuda":
+        if on_cuda:
             memory = {name: _extra_mib(run) for name, run in rivals.items()}
             # Gradients of the inputs are three tensors in every arm, and no algorithm can do without them.
             yield measured(
@@ -137,7 +148,8 @@ def _models(device: str, quick: bool) -> Iterator[Row]:
         vit = timm.create_model("vit_small_patch16_224", img_size=side).eval().to(device, torch.bfloat16)
         x = torch.randn(8, 3, side, side, device=device, dtype=torch.bfloat16)
         with torch.no_grad():
-            times = time_rivals({"tic": partial(tic, x), "vit": partial(vit, x)}, device, seconds=0.05)
+            calls = {"tic": partial(tic, x), "vit": partial(vit, x)}
+            times = time_rivals(calls, device, method="graph", seconds=0.05)
         yield measured(
             "inference of tic_tiny (a reconstruction)", f"batch 8, {side} x {side} pixels, bf16",
             8e3 / times["tic"].median, "images/s", better="higher", baseline_name="timm vit_small_patch16",
@@ -154,14 +166,86 @@ _ARMS: dict[str, dict[str, Any]] = {
 }
 
 
+_IMAGES = ("train_images", "test_images")
+_BODIES = {"convolutions in its place": False, "depthwise convolutions in its place": True}
+
+
+def small_tic(options: dict[str, Any], num_classes: int = 10) -> nn.Module:
+    """Returns an untrained narrow network of two stages for images of one channel."""
+    from undivided.models.vision.tic import TiC
+
+    return TiC(in_chans=1, num_classes=num_classes, embed_dim=32, depths=(2, 3), kernel_size=5, **options)
+
+
+class ConvolutionOfTokens(nn.Module):
+    """A convolution of the size of an MSA-Conv, of tokens."""
+
+    def __init__(self, attention: MSAConv, is_depthwise: bool) -> None:
+        super().__init__()
+        padding = [kernel // 2 for kernel in attention.kernel_size]
+        groups = attention.dim if is_depthwise else 1
+        self.conv = nn.Conv2d(
+            attention.dim, attention.dim, attention.kernel_size, padding=padding, groups=groups
+        )
+
+    def forward(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        return self.conv(x.transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2)
+
+
+def _convolutional(num_classes: int, is_depthwise: bool) -> nn.Module:
+    model = small_tic(_ARMS["MSA-Conv"], num_classes)
+    for module in list(model.modules()):
+        if isinstance(getattr(module, "attn", None), MSAConv):
+            module.attn = ConvolutionOfTokens(module.attn, is_depthwise)
+    return model
+
+
+def reached(model: nn.Module, x: torch.Tensor) -> float:
+    """Returns the share of pixels, in percent, with 1 % of the largest gradient of the output's middle."""
+    x = x.clone().requires_grad_()
+    out = model.eval().forward_features(x)
+    middle = out[:, :, out.shape[2] // 2, out.shape[3] // 2]
+    gradient = torch.autograd.grad(middle.sum(), x)[0].abs().mean((0, 1))
+    return 100 * float((gradient > 0.01 * gradient.max()).float().mean())
+
+
+def _growth(device: str, quick: bool) -> Iterator[Row]:
+    """Yields how the time of a layer's attention grows with the side of the map: 2 is linear in pixels, 4 global."""
+    on_cuda = device == "cuda"
+    heads, dim, kernel_size = (8, 32, 7) if on_cuda else (1, 16, 7)
+    sides = (128, 256) if on_cuda else (32, 64)
+    times: dict[str, list[float]] = {FUSED: [], FLASH: []}
+    for side in sides:
+        x = [tensor.detach() for tensor in _tensors(1, heads, side, dim, device)[:3]]
+        calls = {FUSED: partial(msa_conv_attention, *x, kernel_size=kernel_size), FLASH: partial(flash, *x)}
+        with torch.no_grad():
+            timings = time_rivals(calls, device, method="graph" if on_cuda else "auto", seconds=0.05)
+        for name, timing in timings.items():
+            times[name].append(timing.median)
+    exponents = {
+        name: math.log(values[-1] / values[0]) / math.log(sides[-1] / sides[0])
+        for name, values in times.items()
+    }
+    dtype = "bf16" if on_cuda else "float32, reference backend"
+    yield measured(
+        "exponent of the side in the time of attention",
+        f"{sides[0]} to {sides[-1]}, {heads} heads of {dim}, kernel {kernel_size}, {dtype}",
+        exponents[FUSED], "", better="lower", baseline_name=FLASH, baseline=exponents[FLASH],
+    )  # fmt: skip
+
+
 def _quality(device: str, quick: bool) -> Iterator[Row]:
     """Yields test accuracies at the size of training and at others, without retraining; TiC against a ViT."""
     from undivided.claims._loss_trainer import small_images
     from undivided.claims._tiny_lm import mean_and_deviation
-    from undivided.claims._tiny_vit import Trainer
-    from undivided.models.vision.tic import TiC
+    from undivided.claims._tiny_vit import Trainer, normalised
 
     images = small_images(device)
+    if images.train_images.shape[-1] < 16:
+        # A stem of stride 4 leaves too little of digits of 8 x 8.
+        images = dataclasses.replace(
+            images, **{name: F.interpolate(getattr(images, name), scale_factor=2) for name in _IMAGES}
+        )
     side, seeds = images.train_images.shape[-1], _SEEDS[: 1 if quick or device == "cpu" else None]
     steps = _STEPS if device == "cuda" else 20
 
@@ -173,15 +257,15 @@ def _quality(device: str, quick: bool) -> Iterator[Row]:
             class_token=False, global_pool="avg", dynamic_img_size=True, dynamic_img_pad=True,
         )  # fmt: skip
 
-    def tic(options: dict[str, Any]) -> nn.Module:
-        sizes: dict[str, Any] = {"embed_dim": 32, "depths": (2, 3), "kernel_size": 5}
-        return TiC(in_chans=1, num_classes=images.num_classes, **sizes, **options)
-
     builders: dict[str, Callable[[], nn.Module]] = {
-        name: partial(tic, options) for name, options in _ARMS.items()
+        name: partial(small_tic, options, images.num_classes) for name, options in _ARMS.items()
     }
+    for name, is_depthwise in _BODIES.items():
+        builders[name] = partial(_convolutional, images.num_classes, is_depthwise)
     builders["ViT, positions resampled"] = vit
     found: dict[str, list[list[float]]] = {}
+    areas: dict[str, list[float]] = {name: [] for name in (*_ARMS, *_BODIES)}
+    wide = F.interpolate(normalised(images.test_images[:64]), size=(3 * side, 3 * side), mode="bilinear")
     counts: dict[str, int] = {}
     for name, build in builders.items():
         model = build().to(device)
@@ -193,6 +277,8 @@ def _quality(device: str, quick: bool) -> Iterator[Row]:
             trainer.reset(build().state_dict())
             trainer.run(steps=steps, learning_rate=2e-3, seed=seed)
             found[name].append([_accuracy(model, images, round(side * scale)) for scale in _SCALES])
+            if name in areas:
+                areas[name].append(reached(model, wide))
     for index, scale in enumerate(_SCALES):
         baseline = mean_and_deviation([row[index] for row in found["ViT, positions resampled"]])[0]
         size = round(side * scale)
@@ -200,13 +286,23 @@ def _quality(device: str, quick: bool) -> Iterator[Row]:
             f"{images.name}, trained at {side} x {side}, tested at {size} x {size}, {steps} steps of 256, "
         )
         shape += f"{len(seeds)} seeds"
-        for name in _ARMS:
+        for name in (*_ARMS, *_BODIES):
             mean, deviation = mean_and_deviation([row[index] for row in found[name]])
             yield measured(
                 f"test accuracy, {name}, {counts[name]:,} parameters", shape, mean, "%", better="higher",
                 deviation=deviation, baseline_name=f"ViT, {counts['ViT, positions resampled']:,} parameters",
                 baseline=baseline, required=1.0 if name == "TiC (both)" and scale != 1 else None,
             )  # fmt: skip
+
+    plain = mean_and_deviation(areas["MSA-Conv"])[0]
+    for name, values in areas.items():
+        mean, deviation = mean_and_deviation(values)
+        yield measured(
+            f"image area with 1 % of the largest gradient of the middle, {name}",
+            f"{images.name}, trained at {side} x {side}, seen at {3 * side} x {3 * side}, {len(seeds)} seeds",
+            mean, "%", better="higher", deviation=deviation, baseline_name=None if name == "MSA-Conv" else "MSA-Conv",
+            baseline=None if name == "MSA-Conv" else plain, required=1.0 if name in list(_ARMS)[1:] else None,
+        )  # fmt: skip
 
 
 @torch.no_grad()
@@ -222,7 +318,12 @@ def _accuracy(model: nn.Module, images: Any, size: int) -> float:
     return 100 * right / len(images.test_labels)
 
 
-_PARTS: dict[str, Measure] = {"speed": _speed, "models": _models, "quality": _quality}
+_PARTS: dict[str, Measure] = {
+    "speed": _speed,
+    "models": _models,
+    "growth": _growth,
+    "quality": _quality,
+}
 CLAIM = Claim(
     slug="tic",
     source="arXiv 2310.04134, abstract",

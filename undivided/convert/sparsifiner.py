@@ -33,6 +33,8 @@ def sparsify(
     reduce_c: int = 2,
     basis_threshold: float = 2e-2,
     coef_topk: int = 8,
+    coef_threshold: float | None = None,
+    score_threshold: float | None = None,
     predictor_scale: float | None = None,
     share_basis: bool = False,
     impl: str = "masked",
@@ -44,9 +46,10 @@ def sparsify(
     """Returns a copy of a vision transformer whose attention is to predicted keys, with new predictors.
 
     Args:
-        vit: a timm `VisionTransformer` with a class token and without norms of queries and keys.
-        keep, reduce_n, reduce_c, basis_threshold, coef_topk, predictor_scale, share_basis, impl: as in
-            `SparsifinerAttention`.
+        vit: a timm `VisionTransformer` with a class token and without norms of queries and keys, or the `LVViT` of
+            `undivided.models.vision.lvvit`.
+        keep, reduce_n, reduce_c, basis_threshold, coef_topk, coef_threshold, score_threshold, predictor_scale,
+            share_basis, impl: as in `SparsifinerAttention`.
         prune_after: blocks after which patches are dropped, such as (3, 6, 9).
         token_keep: share r of the patches; after the i-th such block `ceil(r^i * patches)` are left.
         seed: of the predictors.
@@ -91,9 +94,9 @@ def sparsify(
         power = sorted(prune_after).index(index) + 1 if index in prune_after else None
         layer = SparsifinerAttention(
             source.qkv.in_features, source.num_heads, patches + 1, keep=keep, reduce_n=reduce_n, reduce_c=reduce_c,
-            basis_threshold=basis_threshold, coef_topk=coef_topk, predictor_scale=predictor_scale,
-            share_basis=share_basis, impl=impl, tokens=tokens,
-            tokens_kept=None if power is None else math.ceil(token_keep**power * patches),
+            basis_threshold=basis_threshold, coef_topk=coef_topk, coef_threshold=coef_threshold,
+            score_threshold=score_threshold, predictor_scale=predictor_scale, share_basis=share_basis, impl=impl,
+            tokens=tokens, tokens_kept=None if power is None else math.ceil(token_keep**power * patches),
             qkv_bias=source.qkv.bias is not None, proj_bias=source.proj.bias is not None,
             proj_drop=source.proj_drop.p,
         ).to(source.qkv.weight)  # fmt: skip
@@ -105,14 +108,19 @@ def sparsify(
         model.blocks[0].register_forward_pre_hook(_Reset(tokens))
     torch.set_rng_state(generator_state)
     log.evaluate("sparse", model)
-    if keep < 1:
+    if score_threshold is not None:
+        log.approximate(
+            f"each query but the class token's attends to keys of a score above {score_threshold}"
+        )
+    elif keep < 1:
         budget = layer.predictor.budget
         log.approximate(f"each query but the class token's attends to {budget} of {patches + 1} keys")
     if prune_after:
         log.approximate(f"patches are dropped after blocks {', '.join(map(str, sorted(prune_after)))}")
     options = {
         "keep": keep, "reduce_n": reduce_n, "reduce_c": reduce_c, "basis_threshold": basis_threshold,
-        "coef_topk": coef_topk, "impl": impl, "prune_after": list(prune_after), "token_keep": token_keep, "seed": seed,
+        "coef_topk": coef_topk, "coef_threshold": coef_threshold, "score_threshold": score_threshold, "impl": impl,
+        "prune_after": list(prune_after), "token_keep": token_keep, "seed": seed,
     }  # fmt: skip
     return model, log.report("sparsifiner", options, 0)
 
@@ -163,7 +171,7 @@ def set_phase(model: nn.Module, phase: str) -> None:
     Args:
         model: of `sparsify`.
         phase: "reconstruct" (phase 1) trains the predictors alone, "sparse" (phase 2) all but these, the class token
-            and the positions; "dense" is the model as it was, and trains nothing.
+            and the positions, "joint" all but the last two; "dense" is the model as it was, and trains nothing.
 
     Raises:
         ValueError: an unknown phase, or a model without such layers.
@@ -180,6 +188,7 @@ def set_phase(model: nn.Module, phase: str) -> None:
         trained = {
             "reconstruct": is_predictor,
             "sparse": not is_predictor and name not in _FIXED,
+            "joint": name not in _FIXED,
             "dense": False,
         }
         parameter.requires_grad_(trained[phase])
@@ -189,37 +198,59 @@ def reconstruction_loss(model: nn.Module, weight: float = 0.01) -> torch.Tensor:
     """Returns `weight` times the mean over layers of the squared errors of all predicted maps of the last forward pass.
 
     The errors are summed over images, heads and pairs, as the authors have it: for another batch or number of tokens,
-    another weight. Maps are compared with the layer's own: the backbone is not trained, so they are the teacher's.
+    another weight. Maps are compared with the layer's own: in phase 1 the backbone is not trained, so they are the
+    teacher's; in phase "joint" that is the authors' self-distillation, whose weight they have as 0.002.
 
     Raises:
-        ValueError: there was no forward pass in phase "reconstruct".
+        ValueError: there was no forward pass in phase "reconstruct" or "joint".
     """
     errors = [layer.reconstruction_error for layer in sparse_layers(model)]
     if any(error is None for error in errors):
-        raise ValueError('no reconstruction error is known; run the model in phase "reconstruct" first.')
+        raise ValueError(
+            'no reconstruction error is known; run the model in phase "reconstruct" or "joint" first.'
+        )
     return weight * torch.stack(errors).mean()
 
 
-class SparsifinerLoss(nn.Module):
-    """The loss of phase 2: `a CE + b KL(teacher || student) + c MSE(last tokens)`.
+def basis_loss(model: nn.Module, weight: float) -> torch.Tensor:
+    """Returns `weight` times the sum of the absolute entries of all bases that maps are made of, which empties them.
 
-    Tokens are the normalised patches of the last block; where tokens are pruned, those in use.
+    The authors have it beside the losses of either phase, off by default. (Their losses of the share of chosen keys and
+    of the least of them are of the choice alone, through which no gradient passes, and so change no training.)
+
+    Raises:
+        ValueError: there is no layer with a predictor.
+    """
+    return weight * torch.stack([layer.predictor.up.abs().sum() for layer in sparse_layers(model)]).sum()
+
+
+class SparsifinerLoss(nn.Module):
+    """The loss of phase 2: `a CE + b KL(teacher || student) + c D(last tokens)`.
+
+    D is the mean square of the difference, or with `tokens="kl"` the divergence of the softmax over channels. Tokens
+    are the normalised patches of the last block, of LV-ViT their classes; where tokens are pruned, those in use.
 
     Args:
         teacher: the model before the conversion; it is not trained.
         weights: a, b and c.
+        tokens: "mse" (the authors') or "kl" (their alternative).
 
     Shape:
         `forward(model, images, labels)` gives a scalar; labels are numbers `[B]` or probabilities `[B, classes]`.
 
     Raises:
-        ValueError: there are not three weights.
+        ValueError: there are not three weights, or an unknown distance of tokens.
 
     Source: Sparsifiner (arXiv 2303.13755), section 3.4, and the authors' code.
     """
 
-    def __init__(self, teacher: nn.Module, weights: tuple[float, float, float] = (1.0, 0.5, 0.5)) -> None:
+    def __init__(
+        self, teacher: nn.Module, weights: tuple[float, float, float] = (1.0, 0.5, 0.5), tokens: str = "mse"
+    ) -> None:
         super().__init__()
+        if tokens not in ("mse", "kl"):
+            raise ValueError(f"tokens={tokens!r} is not one of 'mse', 'kl'.")
+        self.tokens = tokens
         if len(weights) != 3:
             raise ValueError(
                 f"weights={weights} must be three: of the classes, of the teacher's and of the tokens."
@@ -229,20 +260,33 @@ class SparsifinerLoss(nn.Module):
 
     def forward(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            teacher_tokens = self.teacher.forward_features(images)
-            teacher_logits = self.teacher.forward_head(teacher_tokens).float().log_softmax(-1)
-        tokens = model.forward_features(images)
-        logits = model.forward_head(tokens).float()
+            teacher_logits, theirs = _outputs(self.teacher, images)
+            teacher_logits = teacher_logits.log_softmax(-1)
+        logits, ours = _outputs(model, images)
         divergence = F.kl_div(logits.log_softmax(-1), teacher_logits, reduction="batchmean", log_target=True)
-        error = (tokens[:, 1:].float() - teacher_tokens[:, 1:].float()).square()
-        shared = sparse_layers(model)[-1].tokens
+        if self.tokens == "mse":
+            error = (ours - theirs).square().mean(-1)
+        else:
+            ours, theirs = ours.log_softmax(-1), theirs.log_softmax(-1)
+            error = (theirs.exp() * (theirs - ours)).sum(-1)
+        layers = [module for module in model.modules() if isinstance(module, SparsifinerAttention)]
+        shared = layers[-1].tokens if layers else None
         if shared is None or shared.mask is None:
             distance = error.mean()
         else:
-            used = shared.mask[..., None].to(error)
-            distance = (error * used).sum() / (used.sum() * error.shape[-1])
+            used = shared.mask.to(error)
+            distance = (error * used).sum() / used.sum()
         a, b, c = self.weights
         return a * F.cross_entropy(logits, labels) + b * divergence + c * distance
+
+
+def _outputs(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns logits and tokens; of a model that classifies its patches too, without their part and their logits."""
+    features = model.forward_features(images)
+    aux_head = getattr(model, "aux_head", None)
+    if aux_head is None:
+        return model.forward_head(features).float(), features[:, 1:].float()
+    return model.head(features[:, 0]).float(), aux_head(features[:, 1:]).float()
 
 
 @dataclass(frozen=True)

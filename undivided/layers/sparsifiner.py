@@ -13,8 +13,10 @@ from torch import nn
 
 from undivided.layers._vision import VisionAttention
 from undivided.ops import dense_attention, listed_attention
+from undivided.ops.block_map import select_topk
+from undivided.ops.block_map.select import kernels_choose
 
-PHASES = ("dense", "reconstruct", "sparse")
+PHASES = ("dense", "reconstruct", "sparse", "joint")
 IMPLEMENTATIONS = ("masked", "gather", "block")
 
 
@@ -23,16 +25,22 @@ class Connectivity:
     """Which keys the queries of the patches attend to; the class token attends to all.
 
     Args:
-        indices: keys of each query but the class token's, int64 `[B, H, N - 1, b]`, ascending.
+        indices: keys of each query but the class token's, int32 or int64 `[B, H, N - 1, b]`, ascending; None where
+            every query has another number of them.
         approximation: the predicted map, `[B, H, N - 1, N]`.
+        seen: in the place of `indices`, the boolean map `[B, H, N - 1, N]`.
     """
 
-    indices: torch.Tensor
+    indices: torch.Tensor | None
     approximation: torch.Tensor
+    seen: torch.Tensor | None = None
 
     def mask(self) -> torch.Tensor:
         """Returns the boolean `[B, H, N, N]`, True where a query attends to a key."""
-        seen = torch.zeros_like(self.approximation, dtype=torch.bool).scatter_(-1, self.indices, True)
+        seen = self.seen
+        if self.indices is not None:
+            empty = torch.zeros_like(self.approximation, dtype=torch.bool)
+            seen = empty.scatter_(-1, self.indices.long(), True)
         return F.pad(seen, (0, 0, 1, 0), value=True)
 
 
@@ -41,8 +49,9 @@ class ConnectivityPredictor(nn.Module):
 
     With `q' = W_q q`, `k' = W_k k` of width c and K basis rows: `P = softmax_K(scale * q' (k'^T D))` and
     `approximation = P U^T`. Phase "reconstruct" uses it as it is. Otherwise the basis is `|U|` with entries up to
-    `basis_threshold` set to 0, and P keeps its `coef_topk` largest entries of a row, unchanged: a product of two sparse
-    matrices. The b = ceil(keep * N) largest entries of a row are its keys; of equal entries, the first.
+    `basis_threshold` set to 0, and P keeps its `coef_topk` largest entries of a row, unchanged, or with
+    `coef_threshold` those above it: a product of two sparse matrices. The b = ceil(keep * N) largest entries of a row
+    are its keys; of equal entries, the first. With `score_threshold` all entries above it are, few or many, or none.
 
     It is computed in float32 at least, and of a fixed number of tokens: the class token and N - 1 patches.
 
@@ -53,7 +62,8 @@ class ConnectivityPredictor(nn.Module):
         reduce_n: K is `num_tokens // reduce_n`.
         reduce_c: c is `head_dim // reduce_c`.
         keep: share of the keys that a query keeps.
-        basis_threshold, coef_topk: as above.
+        basis_threshold, coef_topk, coef_threshold, score_threshold: as above; the authors' alternatives are 5e-2 and
+            1e-4.
         scale: of the logits of P; default `num_heads ** -0.5`, as in the authors' code (not the width of a head).
         share_basis: U is D.
         device, dtype: of the weights.
@@ -79,6 +89,8 @@ class ConnectivityPredictor(nn.Module):
         keep: float = 0.25,
         basis_threshold: float = 2e-2,
         coef_topk: int = 8,
+        coef_threshold: float | None = None,
+        score_threshold: float | None = None,
         scale: float | None = None,
         share_basis: bool = False,
         device: torch.device | str | None = None,
@@ -98,6 +110,7 @@ class ConnectivityPredictor(nn.Module):
             raise ValueError(f"coef_topk={coef_topk} must be at least 1.")
         self.num_tokens, self.keep = num_tokens, keep
         self.basis_threshold, self.coef_topk = basis_threshold, min(coef_topk, rank)
+        self.coef_threshold, self.score_threshold = coef_threshold, score_threshold
         self.scale = num_heads**-0.5 if scale is None else scale
         self.q = nn.Linear(head_dim, head_dim // reduce_c, device=device, dtype=dtype)
         self.k = nn.Linear(head_dim, head_dim // reduce_c, device=device, dtype=dtype)
@@ -150,37 +163,46 @@ class ConnectivityPredictor(nn.Module):
                 q, k = q.masked_fill(~alive, 0.0), k.masked_fill(~alive, 0.0)
             logits = q[:, :, 1:] @ (k.transpose(-2, -1) @ self.down.to(dtype))
             weights = (self.scale * logits).softmax(-1)
-            if phase != "reconstruct":
-                largest = weights.topk(self.coef_topk, dim=-1)
-                weights = torch.zeros_like(weights).scatter(-1, largest.indices, largest.values)
+            if phase != "reconstruct" and self.coef_threshold is not None:
+                weights = weights.masked_fill(weights <= self.coef_threshold, 0.0)
+            elif phase != "reconstruct":
+                chosen = first_largest(weights.detach(), self.coef_topk).long()
+                weights = torch.zeros_like(weights).scatter(-1, chosen, weights.gather(-1, chosen))
             approximation = weights @ self.basis(phase).to(dtype).T
-        return Connectivity(self._largest(approximation.detach(), token_mask, num_alive), approximation)
+        scores = approximation.detach()
+        if token_mask is not None:
+            dead = ~F.pad(token_mask, (1, 0), value=True)
+            scores = scores.masked_fill(dead[:, None, None], float("-inf"))
+        if self.score_threshold is not None:
+            return Connectivity(None, approximation, scores > self.score_threshold)
+        return Connectivity(self._largest(scores, token_mask, num_alive), approximation)
 
     def _largest(
         self, scores: torch.Tensor, token_mask: torch.Tensor | None, num_alive: int | None
     ) -> torch.Tensor:
         budget = self.budget
         if token_mask is not None:
-            dead = ~F.pad(token_mask, (1, 0), value=True)
-            scores = scores.masked_fill(dead[:, None, None], float("-inf"))
             # Asking the mask waits for the device; layers that pruned it know.
             budget = min(budget, int(token_mask[0].sum()) if num_alive is None else num_alive)
-        return first_largest(scores, budget).sort(dim=-1).values
+        return first_largest(scores, budget)
 
 
 def first_largest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Returns the places of the `count` largest entries of each row, of equal ones the first, in any order.
+    """Returns the places of the `count` largest entries of each row of `[B, H, rows, N]`, of equal ones the first.
 
-    Rows have many entries of exactly 0, among which `topk` chooses differently on every device.
+    They are ascending. Rows have many entries of exactly 0, among which `topk` chooses differently on every device.
     """
+    if kernels_choose(scores):
+        # A row of NaN chooses nothing: its list is filled up with the first key, so that no list leaves the row.
+        return select_topk(scores, count).index.clamp(min=0)
     if scores.dtype != torch.float32:
-        return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+        return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(dim=-1).values
     # Bits of a float32 as integers rise with it; below zero they fall. With the place behind them all are different.
     # Adding 0 makes a negative zero positive.
     bits = (scores + 0.0).contiguous().view(torch.int32)
     bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
     place = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
-    return (bits * 2**31 + place).topk(count, dim=-1, sorted=False).indices
+    return (bits * 2**31 + place).topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
 
 
 class AliveTokens:
@@ -196,14 +218,15 @@ class SparsifinerAttention(VisionAttention):
 
     `out_n = sum_(m in M(n)) softmax_m(scale * q_n . k_m) v_m`, with the set M(n) of `ConnectivityPredictor`, by head;
     the class token attends to all. No gradient passes through the choice. In phase "reconstruct" attention is dense
-    and `reconstruction_error` is the sum of squares between the predicted map and its own, in "dense" it is the
-    attention it was made from.
+    and `reconstruction_error` is the sum of squares between the predicted map and its own; in "joint" it is sparse, and
+    the error that of the map by which keys are chosen; in "dense" it is the attention it was made from.
 
     Args:
         dim: width C of a token.
         num_heads: heads H; they divide `dim`.
         num_tokens: N, with the class token.
-        keep, reduce_n, reduce_c, basis_threshold, coef_topk, predictor_scale, share_basis: of the predictor.
+        keep, reduce_n, reduce_c, basis_threshold, coef_topk, coef_threshold, score_threshold, predictor_scale,
+            share_basis: of the predictor.
         impl: "masked" computes all pairs and masks them; "gather" reads the lists, row by row; "block" leaves out
             tiles of pairs that no list names and masks inside the others (FlexAttention; not in the paper).
         tokens: shared by the layers of a model whose tokens are pruned.
@@ -234,6 +257,8 @@ class SparsifinerAttention(VisionAttention):
         reduce_c: int = 2,
         basis_threshold: float = 2e-2,
         coef_topk: int = 8,
+        coef_threshold: float | None = None,
+        score_threshold: float | None = None,
         predictor_scale: float | None = None,
         share_basis: bool = False,
         impl: str = "masked",
@@ -252,6 +277,11 @@ class SparsifinerAttention(VisionAttention):
         super().__init__(dim, num_heads, attn_drop=attn_drop, qk_norm=qk_norm, scale_norm=scale_norm)
         if impl not in IMPLEMENTATIONS:
             raise ValueError(f"impl={impl!r} is not one of {', '.join(map(repr, IMPLEMENTATIONS))}.")
+        if impl == "gather" and score_threshold is not None:
+            raise ValueError(
+                f'impl="gather" reads lists of one length, which score_threshold={score_threshold} does not give; use '
+                '"masked" or "block".'
+            )
         self.impl, self.phase = impl, "sparse"
         self.tokens, self.tokens_kept = tokens, tokens_kept
         self.reconstruction_error: torch.Tensor | None = None
@@ -260,8 +290,8 @@ class SparsifinerAttention(VisionAttention):
         self.proj_drop = nn.Dropout(proj_drop)
         self.predictor = ConnectivityPredictor(
             self.head_dim, num_heads, num_tokens, reduce_n=reduce_n, reduce_c=reduce_c, keep=keep,
-            basis_threshold=basis_threshold, coef_topk=coef_topk, scale=predictor_scale, share_basis=share_basis,
-            device=device, dtype=dtype,
+            basis_threshold=basis_threshold, coef_topk=coef_topk, coef_threshold=coef_threshold,
+            score_threshold=score_threshold, scale=predictor_scale, share_basis=share_basis, device=device, dtype=dtype,
         )  # fmt: skip
 
     def forward(
@@ -269,7 +299,8 @@ class SparsifinerAttention(VisionAttention):
     ) -> torch.Tensor:
         self.refuse_mask(attn_mask, is_causal)
         query, key, value = self.heads(x)
-        alive = None if self.tokens is None or self.phase != "sparse" else self.tokens.mask
+        is_sparse = self.phase in ("sparse", "joint")
+        alive = self.tokens.mask if self.tokens is not None and is_sparse else None
         if alive is not None:
             used = F.pad(alive, (1, 0), value=True)[:, None, :, None]
             query, key, value = (part.masked_fill(~used, 0.0) for part in (query, key, value))
@@ -278,7 +309,10 @@ class SparsifinerAttention(VisionAttention):
         elif self.phase == "dense":
             out = dense_attention(query, key, value, scale=self.scale)
         else:
-            out = self.attend(query, key, value, self._predict(query, key, alive))
+            found = self._predict(query, key, alive)
+            out = self.attend(query, key, value, found)
+            if self.phase == "joint":
+                self.reconstruction_error = self._error(found.approximation, self._weights(query, key))
             if self.tokens is not None and self.tokens_kept is not None:
                 self.tokens.mask = self._chosen(query, key, alive)
                 self.tokens.count = self.tokens_kept
@@ -300,7 +334,7 @@ class SparsifinerAttention(VisionAttention):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, connectivity: Connectivity
     ) -> torch.Tensor:
         """Returns the attention `[B, H, N, head_dim]` to chosen keys, by `impl`."""
-        if self.impl == "gather":
+        if self.impl == "gather" and connectivity.indices is not None:
             first = cast(torch.Tensor, dense_attention(query[:, :, :1], key, value, scale=self.scale))
             rest = listed_attention(query[:, :, 1:], key, value, connectivity.indices, scale=self.scale)
             return torch.cat([first, rest], dim=2)
@@ -314,11 +348,18 @@ class SparsifinerAttention(VisionAttention):
 
     def _reconstruct(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            dtype = torch.promote_types(query.dtype, torch.float32)
-            weights = (self.scale * (query.to(dtype) @ key.to(dtype).transpose(-2, -1))).softmax(-1)
+            weights = self._weights(query, key)
         predicted = self.predictor(query.detach(), key.detach(), phase="reconstruct").approximation
-        self.reconstruction_error = (predicted - weights[:, :, 1:]).square().sum()
+        self.reconstruction_error = self._error(predicted, weights)
         return weights.to(value.dtype) @ value
+
+    def _weights(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Returns the weights of dense attention, in float32 at least."""
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        return (self.scale * (query.to(dtype) @ key.to(dtype).transpose(-2, -1))).softmax(-1)
+
+    def _error(self, predicted: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return (predicted - weights[:, :, 1:]).square().sum()
 
     def _chosen(self, query: torch.Tensor, key: torch.Tensor, alive: torch.Tensor | None) -> torch.Tensor:
         """Returns the patches, `[B, N - 1]`, that the class token attends to most, of those in use."""

@@ -92,7 +92,8 @@ class MSAConv(VisionAttention):
     within a window the order of the neighbours does not matter.
 
     `num_heads=1` and no `output_proj` is the authors' operator, `dilation` above 1 the dilated form, `num_heads=dim`
-    the depthwise one, in which each channel attends by itself. `qkv` and `proj` are named and shaped as in timm's
+    the depthwise one, in which each channel attends by itself, and `grouped` the one in which a head's queries, keys
+    and values are made from its own channels alone. `qkv` and `proj` are named and shaped as in timm's
     attention, whose weights can be loaded: only the support is another. (The authors' layer drops 10 % of the weights
     in training; the fused kernels do not.)
 
@@ -105,7 +106,9 @@ class MSAConv(VisionAttention):
         scale: factor of the products; default `head_dim ** -0.5`.
         shift: places by which groups of channels are rolled in four directions before the projections, and back
             after attention; "half" of the map, or 0 for none.
+        directions: of the groups of channels that are rolled; names of `DIRECTIONS`.
         kv_pool: keys and values are averages of so many by so many tokens, and the window is one of averages.
+        grouped: as above; `qkv` is a convolution of one tap in `num_heads` groups then.
         qkv_bias, proj_bias: whether the projections have a bias.
         output_proj: whether there is an output projection.
         proj_drop: dropout of the output.
@@ -132,7 +135,9 @@ class MSAConv(VisionAttention):
         border: str = "zero",
         scale: float | None = None,
         shift: int | str = 0,
+        directions: Sequence[str] = FOUR,
         kv_pool: int = 1,
+        grouped: bool = False,
         qkv_bias: bool = True,
         proj_bias: bool = True,
         output_proj: bool = True,
@@ -150,9 +155,13 @@ class MSAConv(VisionAttention):
             raise ValueError(f"kv_pool={kv_pool} must be at least 1.")
         self.border = border
         self.scale = self.scale if scale is None else scale
-        self.shift = CyclicShift(FOUR, shift)
+        self.shift = CyclicShift(directions, shift)
         self.kv_pool = kv_pool
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.qkv = (
+            nn.Conv1d(dim, 3 * dim, 1, groups=num_heads, bias=qkv_bias, device=device, dtype=dtype)
+            if grouped
+            else nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
+        )
         self.proj = (
             nn.Linear(dim, dim, bias=proj_bias, device=device, dtype=dtype) if output_proj else nn.Identity()
         )
@@ -178,6 +187,10 @@ class MSAConv(VisionAttention):
 
     def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Returns query, key and value of tokens `[B, N, C]`, each `[B, H, N, head_dim]`."""
+        if isinstance(self.qkv, nn.Conv1d):
+            # What a head makes of its channels stands together.
+            own = self.qkv(x.transpose(1, 2)).unflatten(1, (self.num_heads, 3, self.head_dim))
+            return own.permute(2, 0, 1, 4, 3).unbind(0)
         parts = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         return parts.permute(2, 0, 3, 1, 4).unbind(0)
 
@@ -261,7 +274,9 @@ class MSAConv2d(MSAConv):
         border: str = "zero",
         scale: float | None = None,
         shift: int | str = 0,
+        directions: Sequence[str] = FOUR,
         kv_pool: int = 1,
+        grouped: bool = False,
         qkv_bias: bool = True,
         output_proj: bool = False,
         device: torch.device | str | None = None,
@@ -269,7 +284,8 @@ class MSAConv2d(MSAConv):
     ) -> None:
         super().__init__(
             in_channels, num_heads, kernel_size, dilation=dilation, border=border, scale=scale, shift=shift,
-            kv_pool=kv_pool, qkv_bias=qkv_bias, output_proj=output_proj, device=device, dtype=dtype,
+            directions=directions, kv_pool=kv_pool, grouped=grouped, qkv_bias=qkv_bias, output_proj=output_proj,
+            device=device, dtype=dtype,
         )  # fmt: skip
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]

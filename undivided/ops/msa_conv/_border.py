@@ -33,3 +33,15 @@ def empty_like_tokens(x: torch.Tensor, width: int) -> torch.Tensor:
     """An empty `[batch, heads, height, width of the map, width]` in which the heads of a token are side by side."""
     batch, heads, rows, columns, _ = x.shape
     return x.new_empty((batch, rows, columns, heads, width)).movedim(3, 1)
+
+
+def is_depthwise(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether each head is one channel."""
+    return query.shape[-1] == value.shape[-1] == 1
+
+
+def empty_sums(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """An empty float32 `[batch, heads, height, width]` of log-sums; where a head is one channel they lie like these."""
+    if is_depthwise(query, value):
+        return empty_like_tokens(query.new_empty((), dtype=torch.float32).expand(query.shape), 1).squeeze(-1)
+    return query.new_empty(query.shape[:-1], dtype=torch.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from undivided.ops.msa_conv._border import empty_like_tokens
+from undivided.ops.msa_conv._border import empty_like_tokens, empty_sums, is_depthwise
 
 _INPUTS = "Tensor query, Tensor key, Tensor value"
 _OPTIONS = "int[] kernel_size, int[] dilation, str border, float scale"
@@ -16,22 +16,24 @@ torch.library.define(
 
 
 @torch.library.impl("undivided::msa_conv_forward", "default")
-def _forward(*arguments):
-    from undivided.ops.msa_conv import triton
+def _forward(query, key, value, *options):
+    from undivided.ops.msa_conv import depthwise, triton
 
-    return triton.forward(*arguments)
+    kernels = depthwise if is_depthwise(query, value) else triton
+    return kernels.forward(query, key, value, *options)
 
 
 @torch.library.impl("undivided::msa_conv_backward", "default")
-def _backward(*arguments):
-    from undivided.ops.msa_conv import backward
+def _backward(dout, dlse, out, lse, query, key, value, *options):
+    from undivided.ops.msa_conv import backward, depthwise
 
-    return backward.backward(*arguments)
+    kernels = depthwise if is_depthwise(query, value) else backward
+    return kernels.backward(dout, dlse, out, lse, query, key, value, *options)
 
 
 @torch.library.register_fake("undivided::msa_conv_forward")
 def _forward_fake(query, key, value, *options):
-    return empty_like_tokens(query, value.shape[-1]), query.new_empty(query.shape[:-1], dtype=torch.float32)
+    return empty_like_tokens(query, value.shape[-1]), empty_sums(query, value)
 
 
 @torch.library.register_fake("undivided::msa_conv_backward")

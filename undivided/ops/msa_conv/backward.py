@@ -12,20 +12,21 @@ import torch
 import triton
 import triton.language as tl
 
-from undivided.ops._flash import LOG2E
 from undivided.ops.msa_conv._border import empty_like_tokens
 from undivided.ops.msa_conv.triton import (
     Tiles,
     choose_tiles,
     constants_of,
-    edges,
+    edges_of,
     load_rows,
     place,
+    power,
     programs,
     rows_contiguous,
     sees,
     store_rows,
     tokens,
+    unit,
 )
 
 
@@ -34,7 +35,7 @@ from undivided.ops.msa_conv.triton import (
 # pass.
 @triton.jit
 def _query_kernel(
-    query, key, value, out, dout, lse, dlse, delta, dquery, scale, scale_log2, heads, size, dilation,
+    query, key, value, out, dout, lse, dlse, delta, dquery, scale, heads, size, dilation,
     query_strides, key_strides, value_strides, out_strides, dout_strides, lse_strides, dquery_strides,
     K0: tl.constexpr, K1: tl.constexpr, WRAP: tl.constexpr, HAS_DLSE: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -55,7 +56,7 @@ def _query_kernel(
     gradient = load_rows(dout, row, column, exists, dout_strides, VALUE_DIM, BLOCK_V)
     result = load_rows(out, row, column, exists, out_strides, VALUE_DIM, BLOCK_V)
     sums = batch * lse_strides[0] + head * lse_strides[1] + row * lse_strides[2] + column * lse_strides[3]
-    log_sum = tl.load(lse + sums, mask=exists, other=0.0) * 1.4426950408889634
+    log_sum = tl.load(lse + sums, mask=exists, other=0.0) * unit(PRECISION)
     row_delta = tl.sum(gradient.to(tl.float32) * result.to(tl.float32), 1)
     if HAS_DLSE:
         row_delta -= tl.load(dlse + sums, mask=exists, other=0.0)
@@ -71,7 +72,9 @@ def _query_kernel(
         v = load_rows(value, key_row, key_column, found, value_strides, VALUE_DIM, BLOCK_V)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         seen = sees(a, b, c, d, K0, K1) & found[None, :] & exists[:, None]
-        weights = tl.exp2(tl.where(seen, scores * scale_log2 - log_sum[:, None], float("-inf")))
+        weights = power(
+            tl.where(seen, scores * (scale * unit(PRECISION)) - log_sum[:, None], float("-inf")), PRECISION
+        )
         dweights = tl.dot(gradient, tl.trans(v), input_precision=PRECISION)
         dscores = weights * (dweights - row_delta[:, None])
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -83,7 +86,7 @@ def _query_kernel(
 # gradients of keys and values, and the scores and their gradient of one tile of queries.
 @triton.jit
 def _key_kernel(
-    query, key, value, dout, lse, delta, dkey, dvalue, scale, scale_log2, heads, size, dilation,
+    query, key, value, dout, lse, delta, dkey, dvalue, scale, heads, size, dilation,
     query_strides, key_strides, value_strides, dout_strides, lse_strides, dkey_strides, dvalue_strides,
     K0: tl.constexpr, K1: tl.constexpr, WRAP: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -114,11 +117,13 @@ def _key_kernel(
         q = load_rows(query, query_row, query_column, found, query_strides, HEAD_DIM, BLOCK_D)
         gradient = load_rows(dout, query_row, query_column, found, dout_strides, VALUE_DIM, BLOCK_V)
         sums = query_row * lse_strides[2] + query_column * lse_strides[3]
-        log_sum = tl.load(lse + sums, mask=found, other=0.0) * 1.4426950408889634
+        log_sum = tl.load(lse + sums, mask=found, other=0.0) * unit(PRECISION)
         row_delta = tl.load(delta + sums, mask=found, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         seen = sees(a, b, c, d, K0, K1) & found[None, :] & exists[:, None]
-        weights = tl.exp2(tl.where(seen, scores * scale_log2 - log_sum[None, :], float("-inf")))
+        weights = power(
+            tl.where(seen, scores * (scale * unit(PRECISION)) - log_sum[None, :], float("-inf")), PRECISION
+        )
         dv = tl.dot(weights.to(gradient.dtype), gradient, dv, input_precision=PRECISION)
         dweights = tl.dot(v, tl.trans(gradient), input_precision=PRECISION)
         dscores = weights * (dweights - row_delta[None, :])
@@ -144,21 +149,21 @@ def backward(
     constants = constants_of(query, value, kernel_size, border)
     widths = constants["BLOCK_D"] + constants["BLOCK_V"]
     default = choose_tiles(tuple(kernel_size), widths, query.element_size(), is_backward=True)
-    common = scale, scale * LOG2E, query.shape[1], tuple(query.shape[2:4]), tuple(dilation)
+    common = scale, query.shape[1], tuple(query.shape[2:4]), tuple(dilation)
 
     def strides(*tensors):
         return tuple(tensor.stride()[:4] for tensor in tensors)
 
     cut = query_cut or default
-    _query_kernel[programs(query, dilation, cut),](
+    _query_kernel[programs(query, dilation, cut.rows),](
         query, key, value, out, dout, lse, lse if dlse is None else dlse, delta, dquery, *common,
         *strides(query, key, value, out, dout, lse, dquery),
-        HAS_DLSE=dlse is not None, **constants, **edges(cut), num_warps=cut.num_warps, num_stages=cut.num_stages,
+        HAS_DLSE=dlse is not None, **constants, **edges_of(cut), num_warps=cut.num_warps, num_stages=cut.num_stages,
     )  # fmt: skip
     cut = key_cut or default
-    _key_kernel[programs(query, dilation, cut),](
+    _key_kernel[programs(query, dilation, cut.rows),](
         query, key, value, dout, lse, delta, dkey, dvalue, *common,
         *strides(query, key, value, dout, lse, dkey, dvalue),
-        **constants, **edges(cut), num_warps=cut.num_warps, num_stages=cut.num_stages,
+        **constants, **edges_of(cut), num_warps=cut.num_warps, num_stages=cut.num_stages,
     )  # fmt: skip
     return dquery, dkey, dvalue

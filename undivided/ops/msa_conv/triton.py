@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from undivided.ops._flash import LOG2E, block_width, precision
-from undivided.ops.msa_conv._border import empty_like_tokens
+from undivided.ops._flash import block_width, precision
+from undivided.ops.msa_conv._border import empty_like_tokens, empty_sums
 
 
 @triton.jit
@@ -79,6 +79,28 @@ def sees(a, b, c, d, K0: tl.constexpr, K1: tl.constexpr):
     return near_0 & near_1
 
 
+@triton.jit
+def unit(PRECISION: tl.constexpr):
+    """The factor of logits: weights are powers of two, but of e in float32, which a factor would round."""
+    return 1.0 if PRECISION == "ieee" else 1.4426950408889634
+
+
+@triton.jit
+def power(logits, PRECISION: tl.constexpr):
+    """The exponentials of logits that have had that factor."""
+    if PRECISION == "ieee":
+        return tl.exp(logits)
+    return tl.exp2(logits)
+
+
+@triton.jit
+def taps_beyond(a, b, length, K0: tl.constexpr, K1: tl.constexpr):
+    """How many taps of the tokens at `(a, b)` lie beyond the map."""
+    on_0 = tl.minimum(a + K0 // 2, length[0] - 1) - tl.maximum(a - K0 // 2, 0) + 1
+    on_1 = tl.minimum(b + K1 // 2, length[1] - 1) - tl.maximum(b - K1 // 2, 0) + 1
+    return K0 * K1 - on_0 * on_1
+
+
 # One program: a tile of queries of one head against the tiles of keys that any of them sees. In registers: the float32
 # accumulator, a maximum and a sum a row, and the scores of one tile of keys. It does `2 * (head_dim + value_dim)`
 # operations a pair of a query and a key of the tiles, `kernel_size` of which count; it moves its queries and its
@@ -106,9 +128,7 @@ def _forward_kernel(
     top = tl.full([R0 * R1], -1.0e30, tl.float32)
     total = tl.zeros([R0 * R1], tl.float32)
     if COUNT_ZEROS:
-        on_0 = tl.minimum(a + K0 // 2, length[0] - 1) - tl.maximum(a - K0 // 2, 0) + 1
-        on_1 = tl.minimum(b + K1 // 2, length[1] - 1) - tl.maximum(b - K1 // 2, 0) + 1
-        beyond = K0 * K1 - on_0 * on_1
+        beyond = taps_beyond(a, b, length, K0, K1)
         top = tl.where(beyond > 0, 0.0, top)
         total = beyond.to(tl.float32)
     accumulator = tl.zeros([R0 * R1, BLOCK_V], tl.float32)
@@ -119,10 +139,12 @@ def _forward_kernel(
         c, d, found, key_row, key_column = tokens(at, residue, length, size, dilation, C0, C1, WRAP)
         k = load_rows(key, key_row, key_column, found, key_strides, HEAD_DIM, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        scores = tl.where(sees(a, b, c, d, K0, K1) & found[None, :], scores * scale, float("-inf"))
+        scores = tl.where(
+            sees(a, b, c, d, K0, K1) & found[None, :], scores * (scale * unit(PRECISION)), float("-inf")
+        )
         new_top = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_top[:, None])
-        decay = tl.exp2(top - new_top)
+        weights = power(scores - new_top[:, None], PRECISION)
+        decay = power(top - new_top, PRECISION)
         total = total * decay + tl.sum(weights, 1)
         top = new_top
         v = load_rows(value, key_row, key_column, found, value_strides, VALUE_DIM, BLOCK_V)
@@ -133,7 +155,7 @@ def _forward_kernel(
     out += batch * out_strides[0] + head * out_strides[1]
     store_rows(out, row, column, exists, out_strides, accumulator / total[:, None], VALUE_DIM, BLOCK_V)
     lse += batch * lse_strides[0] + head * lse_strides[1]
-    sums = (top + tl.log2(total)) * 0.6931471805599453
+    sums = top / unit(PRECISION) + tl.log(total)
     tl.store(lse + row * lse_strides[2] + column * lse_strides[3], sums, mask=exists)
 
 
@@ -174,16 +196,16 @@ def forward(query, key, value, kernel_size, dilation, border, scale, cut: Tiles 
     """Returns out and the natural log-sums of the logits."""
     query, key, value = map(rows_contiguous, (query, key, value))
     out = empty_like_tokens(query, value.shape[-1])
-    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    lse = empty_sums(query, value)
     if out.numel() == 0:
         return out, lse
     constants = constants_of(query, value, kernel_size, border)
     widths = constants["BLOCK_D"] + constants["BLOCK_V"]
     cut = cut or choose_tiles(tuple(kernel_size), widths, query.element_size())
-    _forward_kernel[programs(query, dilation, cut),](
-        query, key, value, out, lse, scale * LOG2E, query.shape[1], tuple(query.shape[2:4]), tuple(dilation),
+    _forward_kernel[programs(query, dilation, cut.rows),](
+        query, key, value, out, lse, scale, query.shape[1], tuple(query.shape[2:4]), tuple(dilation),
         *(tensor.stride()[:4] for tensor in (query, key, value, out, lse)),
-        COUNT_ZEROS=border == "zero", **constants, **edges(cut),
+        COUNT_ZEROS=border == "zero", **constants, **edges_of(cut),
         num_warps=cut.num_warps, num_stages=cut.num_stages,
     )  # fmt: skip
     return out, lse
@@ -194,10 +216,10 @@ def rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def programs(query: torch.Tensor, dilation, cut: Tiles) -> int:
+def programs(query: torch.Tensor, dilation, edges: tuple[int, int]) -> int:
     """Returns how many programs there are: tiles of the longest class, classes, heads of all samples."""
     count = query.shape[0] * query.shape[1]
-    for length, step, edge in zip(query.shape[2:4], dilation, cut.rows, strict=True):
+    for length, step, edge in zip(query.shape[2:4], dilation, edges, strict=True):
         longest = -(-length // step)
         count *= step * -(-longest // edge)
     return count
@@ -217,6 +239,6 @@ def constants_of(query, value, kernel_size, border: str) -> dict[str, Any]:
     }
 
 
-def edges(cut: Tiles) -> dict[str, int]:
+def edges_of(cut: Tiles) -> dict[str, int]:
     """Returns the edges of the tiles as constants."""
     return {"R0": cut.rows[0], "R1": cut.rows[1], "C0": cut.columns[0], "C1": cut.columns[1]}
