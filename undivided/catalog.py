@@ -240,7 +240,8 @@ SYSTEMS: tuple[System, ...] = (
         "Flash Sparse Attention: An Alternative Efficient Implementation of Native Sparse Attention Kernel",
         2025, "2508.18224", "sparse",
         "Turns the loops of native sparse attention round, for models with few query heads a group.",
-        ("undivided.layers.nsa", "undivided.ops.selected", "undivided.convert.nsa", "undivided.cost.fsa"),
+        ("undivided.layers.nsa", "undivided.ops.compressed", "undivided.ops.selected", "undivided.convert.nsa",
+         "undivided.cost.fsa"),
         "partial", "paper",
     ),
     System(

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("timm")
 from undivided.claims import convit, load  # noqa: E402
-from undivided.claims.convit import FUSED, fraction_of, mean_gates, operands, small_model  # noqa: E402
+from undivided.claims.convit import FUSED, fraction_of, mean_distance, mean_gates, operands, small_model  # noqa: E402
 from undivided.data.images import ImageSet  # noqa: E402
 from undivided.layers.convit import GPSA  # noqa: E402
 
@@ -43,13 +43,25 @@ def test_arms_differ_in_what_they_are_named_after_alone(images, monkeypatch):
     plain, full, free, fixed = (small_model(arm, images, 0) for arm in convit._ARMS)
     sizes = [sum(p.numel() for p in found.parameters()) for found in (plain, full)]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
-    assert mean_gates(full) == pytest.approx([torch.tensor(1.0).sigmoid().item()] * 5)
-    assert mean_gates(fixed) == [0.5] * 5
+    assert mean_gates(full) == pytest.approx([torch.tensor(1.0).sigmoid().item()] * 3)
+    assert mean_gates(fixed) == [0.5] * 3
     eye = torch.eye(144)
     starts = [next(layer for layer in found.modules() if isinstance(layer, GPSA)) for found in (full, free)]
     assert torch.equal(starts[0].v.weight, eye) and not torch.equal(starts[1].v.weight, eye)
     for found in (plain, full, free, fixed):
         assert found(torch.randn(2, 1, 8, 8)).shape == (2, 3)
+
+
+def test_heads_that_look_at_one_token_look_as_far_as_it_is(images, monkeypatch):
+    monkeypatch.setitem(convit._SIZES, "patch_size", 2)
+    found = small_model("ConViT", images, 0)
+    with torch.no_grad():
+        for layer in (layer for layer in found.modules() if isinstance(layer, GPSA)):
+            layer.gating_param.fill_(30.0)
+            # Each head at its own token: a very sharp maximum there.
+            layer.pos_proj.weight.copy_(torch.tensor([0.0, 0.0, -50.0]).expand(9, 3))
+    assert mean_distance(found, images.test_images[:4]) == pytest.approx(0.0, abs=1e-6)
+    assert mean_distance(small_model("ConViT", images, 0), images.test_images[:4]) > 0.5
 
 
 def test_models_compile_block_by_block_and_stay_the_same(monkeypatch):
@@ -84,4 +96,4 @@ def test_the_bar_is_on_whole_models_against_deit(monkeypatch):
     rows = list(convit._rows("attention", "some shape", x, (4, 5), {FUSED: 1.0, "rival": 2.0}, 1.0))
     assert [(row.ratio, row.required, row.fraction_of_ceiling) for row in rows] == [(2.0, None, 0.5)]
     assert convit.REQUIRED == 0.85 and load("convit").devices == ("cuda",)
-    assert set(load("convit").parts) == {"speed", "quality"}
+    assert set(load("convit").parts) == {"speed", "larger", "quality"}

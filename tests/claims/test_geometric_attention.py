@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.tiny import VOCAB_SIZE, tiny_llama
+from undivided.claims import _regime_training as regimes
 from undivided.claims import _score_study, _transport, load
 from undivided.claims import geometric_attention as claim
 from undivided.claims._harness import Figure
@@ -24,7 +25,13 @@ def test_every_identity_holds_and_the_gate_notices_one_that_does_not(monkeypatch
 def test_the_claim_is_the_one_of_its_slug_and_its_parts_keep_to_their_device():
     assert load("geometric_attention").slug == "geometric_attention"
     parts = load("geometric_attention").parts
-    for name, device in (("anchors", "cpu"), ("lowering", "cpu"), ("identities", "cuda"), ("heads", "cuda")):
+    for name, device in (
+        ("anchors", "cpu"),
+        ("lowering", "cpu"),
+        ("training", "cpu"),
+        ("identities", "cuda"),
+        ("heads", "cuda"),
+    ):
         assert list(parts[name](device, True)) == []
     assert len(list(parts["identities"]("cpu", True))) == len(claim.identities())
 
@@ -162,3 +169,21 @@ def test_every_lowered_specification_runs_on_an_operator(untimed):
     rows = list(claim.lowered("cpu", batch=1, length=8))
     assert [row.what.split(" from")[0] for row in rows] == ["GQA", "SQA", "MoH, every head", "CCA", "MLA"]
     assert [row.required for row in rows] == [0.9, 0.9, None, None, None]
+
+
+# --- training ---
+
+
+def test_a_field_of_the_receivers_trains_alike_and_other_links_do_not(monkeypatch):
+    from undivided.data import DemoTexts
+
+    text = "a key reads what a query asks, and a value tells it. " * 40
+    monkeypatch.setattr("undivided.data.demo_texts", lambda: DemoTexts(text, {"2024-Biden-1": text[:700]}))
+    monkeypatch.setattr(regimes, "_SIZES", {"hidden_size": 32, "num_hidden_layers": 1, "head_dim": 8})
+    monkeypatch.setattr(regimes, "_LENGTH", 48)
+    rows = list(regimes.training_rows("cpu", quick=True))
+    bits = {row.what.split(", ")[1]: row.ours for row in rows}
+    assert list(bits) == list(regimes.SPECS)
+    assert [row.baseline_name for row in rows] == [None] + [regimes.SOFTMAX] * (len(rows) - 1)
+    assert bits[regimes.FIELD] == pytest.approx(bits[regimes.SOFTMAX], abs=1e-6)
+    assert abs(bits["link elu + 1"] - bits[regimes.SOFTMAX]) > 5e-6

@@ -124,3 +124,13 @@ def test_frequencies_are_read_from_both_kinds_of_heads():
 
 def test_the_claim_is_the_one_of_its_slug():
     assert load("hilo").slug == "hilo"
+
+
+def test_published_sizes_stand_beside_models_that_timm_has():
+    import timm
+
+    import undivided.models.vision  # noqa: F401
+
+    for ours, rivals in hilo.RIVALS.items():
+        assert timm.is_model(f"undivided_litv2_{ours}")
+        assert all(timm.is_model(name) for name in rivals)

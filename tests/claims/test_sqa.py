@@ -79,12 +79,14 @@ def test_the_models_are_run_forward_and_backward_at_every_length(monkeypatch):
     monkeypatch.setattr(claim, "dense_model", small)
     monkeypatch.setattr(claim, "LONG", 8)
     monkeypatch.setattr(claim, "BATCHES", {8: 1, 1024: 1})
-    rows = list(claim._dense((8, 1024), "cpu"))
-    forward = [row for row in rows if row.what.startswith("whole model forward,")]
-    assert len(forward) == 2 * (len(ARMS) + 1)
+    forward = list(claim._forward((8, 1024), "cpu"))
+    # Up to the long length all arms and two windows, beyond it the arms with a bar and the windows; less the baseline.
+    assert len(forward) == len(ARMS) + 1 + 4
     bars = {row.what.split(", ")[1].split(" ")[0]: row.required for row in forward if row.required}
     assert bars == {"xSQA": 3.0, "SQA": 1.9}
-    assert len(rows) - len(forward) == 2 + 2
+    trained = list(claim._forward_and_backward((8, 1024), "cpu"))
+    assert len(trained) == 2 + 2
+    assert all(row.what.startswith("whole model forward and backward") for row in trained)
 
 
 def test_the_gate_passes_and_a_wrong_layer_fails_it(monkeypatch):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from undivided.claims import load, vig
+from undivided.claims._timing import Timing
 from undivided.claims.vig import FUSED, MERGED, TWO_CALLS, deit, enlarged, gate
 from undivided.data.images import digits
 
@@ -94,3 +95,18 @@ def test_small_models_differ_in_their_attention_alone():
 
 def test_the_claim_is_the_one_of_its_slug():
     assert load("vig").slug == "vig"
+
+
+def test_times_that_grow_with_the_tokens_and_with_their_square_have_the_powers_one_and_two(monkeypatch):
+    def timed(calls, device, seconds):
+        sizes = {name: call().shape[1] for name, call in calls.items()}
+        powers = {"ViG": 1, "softmax attention": 2}
+        return {
+            name: Timing(1e-3 * size ** powers[name], 0.0, 0.0, 1, "made up") for name, size in sizes.items()
+        }
+
+    monkeypatch.setattr(vig, "time_rivals", timed)
+    *rows, power = vig._scaling("cpu", quick=True)
+    assert [row.ours for row in rows] == pytest.approx([0.196, 0.784])
+    assert (power.ours, power.baseline, power.holds) == (pytest.approx(1.0), pytest.approx(2.0), True)
+    assert list(vig._scaling("cuda", quick=True)) == []

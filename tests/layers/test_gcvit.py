@@ -153,6 +153,16 @@ def test_an_image_does_not_depend_on_its_batch_mates(layer_class):
         torch.testing.assert_close(layer(x[one], size, *(q[one] for q in query))[0], together[index], **EXACT)
 
 
+def test_autocast_takes_queries_wider_than_its_projections():
+    layer = GlobalWindowAttention(WIDTH, HEADS, (2, 3))
+    x, size, query = (
+        part.float() if isinstance(part, torch.Tensor) else part for part in draw(layer, (4, 6))
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x, size, query)
+    torch.testing.assert_close(out.float(), layer(x, size, query), rtol=0.05, atol=0.02)
+
+
 def test_a_global_layer_has_no_query_projection():
     assert WindowAttention(64, 2).qkv.weight.shape == (192, 64)
     assert GlobalWindowAttention(64, 2).qkv.weight.shape == (128, 64)

@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-from tests.tiny import MODEL_TYPES, tiny_model
+from tests.tiny import MODEL_TYPES, tiny_model, tiny_tokenizer
 from undivided.models.bases import SUPPORTED
 from undivided.models.causal_lm import UndividedForCausalLM
+from undivided.models.checkpoint import open_checkpoint
 from undivided.models.configuration import UndividedConfig
 
 
@@ -63,6 +64,25 @@ def test_decoding_with_every_cache_equals_the_full_forward(model_type, ids):
         first = host(ids[:, :9], past_key_values=cache).logits
         rest = [host(ids[:, n : n + 1], past_key_values=cache).logits for n in range(9, 17)]
         close(torch.cat([first, *rest], dim=1), whole)
+
+
+@torch.no_grad()
+def test_native_layers_of_gemma_cap_their_logits_whatever_transformers_would_take(ids, tmp_path):
+    native = tiny_model("gemma2", attn_logit_softcapping=0.5)
+    expected = native(ids).logits
+    native.config._attn_implementation = None
+    native.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    loaded = open_checkpoint(tmp_path).model
+    assert torch.equal(loaded(ids).logits, expected)
+    chosen_by_transformers = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(UndividedForCausalLM.from_native(chosen_by_transformers)(ids).logits, expected)
+    entry = {"mechanism": "gqa"}
+    half = UndividedForCausalLM(
+        UndividedConfig(base_config=native.config.to_dict(), attention=[entry, None])
+    ).eval()
+    half.native.load_state_dict(native.state_dict())
+    close(half(ids).logits, expected)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "deepseek_v3"])

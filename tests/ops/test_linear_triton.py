@@ -80,6 +80,19 @@ def test_shares_of_the_keys_do_not_matter(device):
         torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
 
 
+def test_shares_of_the_tokens_do_not_matter_to_gradients(device):
+    from undivided.ops.linear.backward import backward
+
+    x, attend = case(**OPTIONS["RALA"], batch=1, heads=1, size=(10, 9), dtype=torch.float32, device=device)
+    dout = torch.randn_like(x["value"])
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in x.items()}
+    want = torch.autograd.grad(attend("composed")(**leaves), list(leaves.values()), dout)
+    tables = axial_rotary((10, 9), 16, device)
+    for programs in (1, 2, 64):
+        found = backward(dout, *x.values(), *tables, "elu1", True, 0.25, True, 1e-6, programs=programs)
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+
+
 def test_very_negative_features_still_have_a_mean(device):
     x, attend = case(dtype=torch.float32, device=device)
     x["key"] = x["key"] - 40
@@ -164,18 +177,20 @@ import torch
 from tests.ops.ahead_of_time import compile_only, name_and_shared
 
 compile_only(name_and_shared)
-from undivided.ops.linear import triton
+from undivided.ops.linear import backward, triton
 
-torch.Tensor.sum = lambda self, *arguments: self.select(1, 0)
-x = [torch.empty(1, 2, 256, 96, dtype=torch.bfloat16) for _ in range(5)]
+x = [torch.empty(1, 2, 256, 96, dtype=torch.bfloat16) for _ in range(6)]
 tables = [torch.empty(256, 48) for _ in range(2)]
-triton.forward(*x[:3], "elu1", True, 0.1, *tables, *x[3:], True, 1e-6)
+triton.forward(*x[:3], "elu1", True, 0.1, *tables, *x[3:5], True, 1e-6)
+backward.backward(x[5], *x[:5], *tables, "elu1", True, 0.1, True, 1e-6)
 """
 
 
 def test_every_kernel_compiles_for_hopper_and_fits_its_shared_memory(run_python):
     lines = [line.split() for line in run_python(COMPILES).stdout.splitlines()]
-    assert {name for name, _ in lines} == {"_mean_kernel", "_buffer_kernel", "_sum_kernel", "_out_kernel"}
+    forward = {"_mean_kernel", "_buffer_kernel", "_sum_kernel", "_out_kernel"}
+    backward = {"_buffer_gradient_kernel", "_key_gradient_kernel", "_query_gradient_kernel"}
+    assert {name for name, _ in lines} == forward | backward
     for name, shared in lines:
         assert int(shared) <= 227 * 1024, name
 

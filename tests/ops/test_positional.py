@@ -108,13 +108,13 @@ def test_the_kernel_in_float32(device):
 
 
 def test_the_kernel_that_holds_no_map_whole_is_as_accurate(device):
-    from undivided.ops.positional.triton import FORWARD_LONG, forward
+    from undivided.ops.positional.triton import FORWARD, forward
 
     size = (14, 14)
     x = {name: tensor.to(device) for name, tensor in inputs(size, 1, 2).items()}
 
     def in_blocks(**x):
-        return forward(**x, height=14, width=14, scale=8**-0.5, with_lse=False, tiling=FORWARD_LONG)[0]
+        return forward(**x, height=14, width=14, scale=8**-0.5, with_lse=False, tiling=FORWARD)[0]
 
     with torch.no_grad():
         compare_op(in_blocks, in_the_dtype_given(size), call(size, "reference"), x, HALF, grad_inputs=())
@@ -185,13 +185,14 @@ weight, gate = torch.empty(9, 3), torch.empty(9)
 joined = torch.empty(1, 196, 3, 9, 48, dtype=torch.bfloat16)
 inputs = (*joined.permute(2, 0, 3, 1, 4).unbind(0), weight, gate, 14, 14, 0.1)
 out, lse = forward.forward(*inputs)
+forward.forward(*inputs, tiling=forward.FORWARD)
 backward.backward(out, lse, *inputs)
 """
 
 
 def test_every_kernel_compiles_for_hopper_and_fits_its_shared_memory(run_python):
     lines = [line.split() for line in run_python(COMPILES).stdout.splitlines()]
-    assert {name for name, _ in lines} == {"_forward_kernel", "_query_kernel", "_key_kernel"}
+    assert {name for name, _ in lines} == {"_whole_kernel", "_forward_kernel", "_query_kernel", "_key_kernel"}
     for name, shared in lines:
         # Two programs fit on a multiprocessor.
         assert int(shared) <= 113 * 1024, name

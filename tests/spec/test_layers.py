@@ -11,8 +11,10 @@ from tests.tiny import tiny_config
 from undivided.layers import CAUSAL_MECHANISMS, causal_attention
 from undivided.layers._base import CausalAttention
 from undivided.layers.convit import GPSA
+from undivided.layers.gna import NeighborhoodAttention
 from undivided.layers.kdgqa import KeyDrivenGQA
 from undivided.layers.pgqa import PerturbedGQA
+from undivided.layers.rala import ModulatedSoftmaxAttention, RankAugmentedLinearAttention
 from undivided.layers.vision_gqa import VisionGQA
 from undivided.spec import AttentionSpec, interpret, lower
 
@@ -113,6 +115,9 @@ VISION = {
     "kdgqa": lambda: KeyDrivenGQA(32, 8, 4),
     "convit": lambda: GPSA(32, 4),
     "pgqa": lambda: PerturbedGQA(32, 4, 2, generator=torch.Generator().manual_seed(0)),
+    "rala": lambda: RankAugmentedLinearAttention(32, 4),
+    "rala, its softmax twin": lambda: ModulatedSoftmaxAttention(32, 4),
+    "gna": lambda: NeighborhoodAttention(32, 4, kernel_size=2),
 }
 
 
@@ -134,6 +139,16 @@ def test_a_layer_of_images_is_its_specification_too(name):
     heads = interpret(layer.spec, inputs).out
     torch.testing.assert_close(layer.proj(heads.transpose(1, 2).flatten(2)), out, **EXACT)
     assert lower(layer.spec).verify(inputs) < 1e-10
+
+
+def test_more_than_twenty_systems_are_layers_that_carry_their_specification():
+    """Each of these layers is run beside the interpreter above."""
+    found = {mechanism for mechanism, _ in SPECIFIED} | {name.partition(",")[0] for name in VISION}
+    assert found >= {
+        "cca", "convit", "core_context", "dha", "dhsa", "dma", "gaam", "gate_swa", "gda", "gda_v2", "gdla", "gla",
+        "gna", "gqa", "kdgqa", "mla", "moh", "neighborhood", "pgqa", "rala", "rcmha", "sqa", "tpla",
+    }  # fmt: skip
+    assert len(found) >= 23
 
 
 def test_a_wrong_specification_is_noticed():

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from undivided.ops import dense_attention
 from undivided.spec import (
     Additive,
     Alibi,
@@ -40,7 +42,7 @@ from undivided.spec import (
     lower,
     standard,
 )
-from undivided.spec.systems import gda, gla, mla
+from undivided.spec.systems import gda, gla, gqa, mla, sqa
 
 
 def inputs(rows=5, columns=7):
@@ -185,6 +187,28 @@ def test_low_precision_stays_in_its_dtype():
     expected = interpret(standard(is_causal=True), x).out
     assert (out - expected).abs().max() < 16 * torch.finfo(torch.float16).eps * expected.abs().max()
     assert attend(AttentionSpec(anchor=Sparsemax()), **x).dtype == torch.float16
+
+
+class Calls(TorchDispatchMode):
+    """Names of the kernels that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("spec", [gqa(2), sqa(4, 2)], ids=["gqa", "sqa"])
+def test_a_lowered_softmax_calls_nothing_beside_its_operator(spec):
+    x = {name: inputs(7, 7)[name] for name in ("query", "key", "value")}
+    with Calls() as lowered:
+        lower(spec)(x)
+    with Calls() as alone:
+        dense_attention(**x, is_causal=True)
+    assert lowered.names == alone.names
 
 
 def test_empty_rows_are_refused_by_the_fast_path_too():

@@ -81,6 +81,14 @@ def _heads(device: str, quick: bool) -> Iterator[Row | Figure]:
         yield from _score_study.measure(_score_study.study(device, quick))
 
 
+def _training(device: str, quick: bool) -> Iterator[Row]:
+    """Losses of small models with other links and anchors, on CUDA."""
+    if device == "cuda":
+        from undivided.claims._regime_training import training_rows
+
+        yield from training_rows(device, quick)
+
+
 def identities() -> dict[str, tuple[float, float]]:
     """Largest relative error of each identity on random inputs in float64, and what it must stay below."""
     generator = torch.Generator().manual_seed(0)
@@ -229,6 +237,7 @@ def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch
 _PARTS: dict[str, Measure] = {
     "anchors": _anchors,
     "lowering": _lowering,
+    "training": _training,
     "identities": _identities,
     "heads": _heads,
 }

@@ -317,7 +317,14 @@ def _tuning(device: str, quick: bool) -> Iterator[Row]:
     yield from tuning_rows(device, quick)
 
 
-_PARTS: dict[str, Measure] = {"speed": _speed, "quality": _quality, "tuning": _tuning}
+def _smollm(device: str, quick: bool) -> Iterator[Row]:
+    """Yields what distillation gives back of SmolLM2-135M with a router of its heads, on a GPU."""
+    from undivided.claims._moh_tuning import smollm_rows
+
+    yield from smollm_rows(device, quick)
+
+
+_PARTS: dict[str, Measure] = {"speed": _speed, "quality": _quality, "tuning": _tuning, "smollm": _smollm}
 CLAIM = Claim(
     slug="moh",
     source="arXiv 2410.11842, table 7 for times, abstract for quality",

@@ -131,6 +131,8 @@ def _backbone() -> Iterator[Row]:
     """Yields images a second of RAVLT-S as published against softmax attention in all of its stages."""
     import timm
 
+    import undivided.models.vision  # noqa: F401
+
     for size, batch in ((1024, 2), (512, 8)):
         with torch.device("cuda"):
             models = {

@@ -147,34 +147,53 @@ def dense_model(query_heads: int, key_heads: int, window: int | None = None) -> 
 
 
 def _models(device: str, quick: bool) -> Iterator[Row]:
-    """Yields times of the paper's dense models, on a GPU."""
+    """Yields times of the paper's dense models forward, on a GPU."""
     if device == "cuda":
         # The lengths with a bar first: rows are kept as they come, should time run out.
-        yield from _dense((1024, 4096) if quick else (LONG, 200000, 1024, 32768, 4096), device)
+        yield from _forward((1024, 4096) if quick else (LONG, 200000, 1024, 32768, 4096), device)
 
 
-def _dense(lengths: tuple[int, ...], device: str) -> Iterator[Row]:
-    """Forward at all lengths, then forward and backward at those that fit."""
+def _training(device: str, quick: bool) -> Iterator[Row]:
+    """Yields times of the same models forward and backward, on a GPU."""
+    if device == "cuda":
+        yield from _forward_and_backward((1024,) if quick else (1024, LONG, 32768), device)
+
+
+# Where a call takes seconds, the arms with a bar alone.
+_FEW = ("GQA", "SQA", "xSQA")
+
+
+def _forward(lengths: tuple[int, ...], device: str) -> Iterator[Row]:
+    models = _dense_models(device)
     with torch.device(device):
-        models = {name: dense_model(*heads) for name, heads in ARMS.items()}
         windowed = {
             f"GQA, window of {WINDOW}": dense_model(16, 4, WINDOW),
             f"SQA, window of {WINDOW}": dense_model(8, 4, WINDOW),
         }
-    models = {name: model.to(torch.bfloat16) for name, model in (models | windowed).items()}
+    models |= {name: model.to(torch.bfloat16) for name, model in windowed.items()}
     kernels = {name: None if name in windowed else "flash" for name in models}
     for length in lengths:
         ids = torch.randint(10_000, (BATCHES[length], length), device=device)
-        calls = {name: _with(kernels[name], model, ids, use_cache=False) for name, model in models.items()}
+        chosen = models if length <= LONG else (*_FEW, *windowed)
+        calls = {name: _with(kernels[name], models[name], ids, use_cache=False) for name in chosen}
         with torch.no_grad():
-            times = _medians(calls, {LONG: 3, 200000: 2}.get(length, 5))
+            times = _medians(calls, 2 if length >= LONG else 5)
         yield from _against_gqa("whole model forward", _dense_shape(length), times, length >= LONG)
-    for length in sorted(set(lengths) & {1024, 32768, LONG}):
+
+
+def _forward_and_backward(lengths: tuple[int, ...], device: str) -> Iterator[Row]:
+    models = _dense_models(device)
+    for length in lengths:
         ids = torch.randint(10_000, (BATCHES[length], length), device=device)
-        trained = ARMS if length < LONG else ("GQA", "SQA", "xSQA")
-        calls = {name: _with("flash", _step, models[name], ids) for name in trained}
+        chosen = models if length < LONG else _FEW
+        calls = {name: _with("flash", _step, models[name], ids) for name in chosen}
         times = _medians(calls, {32768: 2, LONG: 1}.get(length, 3))
         yield from _against_gqa("whole model forward and backward", _dense_shape(length), times, False)
+
+
+def _dense_models(device: str) -> dict[str, nn.Module]:
+    with torch.device(device):
+        return {name: dense_model(*heads).to(torch.bfloat16) for name, heads in ARMS.items()}
 
 
 def _dense_shape(length: int) -> str:
@@ -427,7 +446,12 @@ def _quality(device: str, quick: bool) -> Iterator[Row]:
             )  # fmt: skip
 
 
-_PARTS: dict[str, Measure] = {"models": _models, "layer": _layer, "quality": _quality}
+_PARTS: dict[str, Measure] = {
+    "models": _models,
+    "training": _training,
+    "layer": _layer,
+    "quality": _quality,
+}
 CLAIM = Claim(
     slug="sqa",
     source="arXiv 2510.01817, experiments; the same in the authors' repository RxNN, sparse_query_attention.md",

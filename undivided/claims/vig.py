@@ -8,6 +8,7 @@ images show what a resolution that was not trained does to each kind of attentio
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -222,6 +223,8 @@ def _against_deit(
 ) -> Iterator[Row]:
     import timm
 
+    import undivided.models.vision  # noqa: F401
+
     rival = rival or ours
     options = {"device": "cuda", "dtype": dtype}
     with torch.device("cuda"):
@@ -256,6 +259,38 @@ def _against_deit(
         )  # fmt: skip
 
 
+def _scaling(device: str, quick: bool) -> Iterator[Row]:
+    """Yields what more tokens cost one layer of ViG-T's width on a CPU, beside softmax attention."""
+    from timm.layers import Attention
+
+    if device != "cpu":
+        return
+    dim, heads = 192, 3
+    ours = BidirectionalGatedLinearAttention(dim, heads).eval()
+    softmax = Attention(dim, heads).eval()
+    times: dict[str, list[float]] = {"ViG": [], "softmax attention": []}
+    sides = (14, 28) if quick else (14, 28, 56)
+    for side in sides:
+        x = torch.randn(1, side**2, dim)
+        calls = {"ViG": partial(ours, x, (side, side)), "softmax attention": partial(softmax, x)}
+        with torch.no_grad():
+            found = time_rivals(calls, device, seconds=0.3)
+        for name, timing in found.items():
+            times[name].append(timing.median)
+        yield measured(
+            "one layer, against softmax attention", f"batch 1, {side} x {side} tokens of {dim}, {heads} heads, float32",
+            found["ViG"].median, "ms", better="lower", baseline_name="softmax attention",
+            baseline=found["softmax attention"].median,
+        )  # fmt: skip
+    growth = {name: math.log(own[-1] / own[-2]) / math.log(4) for name, own in times.items()}
+    yield measured(
+        "power of the number of tokens with which the time of one layer grows",
+        f"from {sides[-2]} x {sides[-2]} to {sides[-1]} x {sides[-1]} tokens of {dim}, {heads} heads, float32",
+        growth["ViG"], "power", better="lower", baseline_name="softmax attention",
+        baseline=growth["softmax attention"], required=1.0,
+    )  # fmt: skip
+
+
 _SEEDS: tuple[int, ...] = (0, 1, 2, 3, 4)
 _ARMS: dict[str, dict[str, Any]] = {
     "ViG": {"attn_layer": BidirectionalGatedLinearAttention.with_options(conv_act=True, out_act=True)},
@@ -273,7 +308,7 @@ def _quality(device: str, quick: bool) -> Iterator[Row]:
     images = on_device(fashion_mnist() if on_cuda else digits(), device)
     sizes: dict[str, Any] = {"embed_dim": 96, "depth": 3, "num_heads": 3, "patch_size": 2, "mlp_ratio": 2.0}
     seeds = _SEEDS if on_cuda else _SEEDS[:3]
-    steps, batch_size = (400, 256) if on_cuda else (150, 64)
+    steps, batch_size = (1000, 256) if on_cuda else (150, 64)
     if quick:
         steps, seeds = steps // 10, seeds[:1]
     side = images.train_images.shape[-1] // 2
@@ -320,7 +355,12 @@ def enlarged(images: Any, factor: int) -> Any:
     return dataclasses.replace(images, test_images=larger.round().to(torch.uint8))
 
 
-_PARTS: dict[str, Measure] = {"speed": _speed, "compiled": _compiled, "quality": _quality}
+_PARTS: dict[str, Measure] = {
+    "speed": _speed,
+    "compiled": _compiled,
+    "scaling": _scaling,
+    "quality": _quality,
+}
 CLAIM = Claim(
     slug="vig",
     source="arXiv 2405.18425, abstract and table 2",

@@ -147,7 +147,8 @@ class GPSA(VisionAttention):
         content = torch.softmax(self.scale * (query @ key.transpose(-2, -1)), dim=-1)
         rows, columns = axis_weights(self.pos_proj.weight, size)
         position = torch.einsum("hyv,hxu->hyxvu", rows, columns).flatten(3).flatten(1, 2)
-        return torch.lerp(content, position.to(content.dtype), self.gates[:, None, None])
+        position, gates = position.to(content.dtype), self.gates.to(content.dtype)
+        return torch.lerp(content, position, gates[:, None, None])
 
     def nonlocality(self, x: torch.Tensor, size: Size | None = None) -> torch.Tensor:
         """Returns how far each head looks, `D_h = mean_i sum_j A_h,ij |delta_ij|` in tokens, mean of the batch, `[H]`.

@@ -88,7 +88,9 @@ class WindowAttention(VisionAttention):
     def _attend(self, x: torch.Tensor, size: Size | None, global_query: torch.Tensor | None) -> torch.Tensor:
         size = map_size(x, size)
         x, padded = pad_map(x, size, self.window_size)
-        query, key, value = self.heads(x) if global_query is None else (global_query, *self.heads(x))
+        *own, key, value = self.heads(x)
+        # Under autocast global queries, sums on a map, are wider than what is projected.
+        query = own[0] if global_query is None else global_query.to(key.dtype)
         out = grouped_attention(
             query, key, value, Windows(padded, self.window_size), shared_query=global_query is not None,
             bias=self.position_bias(), scale=self.scale,

@@ -30,6 +30,16 @@ def attention_layers(model: Any) -> list[Any]:
     return [layer.self_attn for layer in model.get_decoder().layers]
 
 
+def keep_softcap(model: Any) -> None:
+    """Takes "sdpa" from a native model whose logits are capped, where transformers allows it: it leaves the cap out.
+
+    So Gemma-2 in transformers 5.17; 5.23 and 5.24 choose "eager" by themselves.
+    """
+    capped = getattr(model.config, "attn_logit_softcapping", None) is not None
+    if capped and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
+
+
 @functools.cache
 def cache_argument() -> str:
     """Returns what models of this transformers call their cache: "cache" since 5.24, "past_key_values" before.

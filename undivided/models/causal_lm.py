@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from undivided.layers import causal_attention
 from undivided.layers._base import CausalAttention, one_cache
 from undivided.models.auxiliary import AuxiliaryOutput, collected, mean_losses
-from undivided.models.bases import cache_argument
+from undivided.models.bases import cache_argument, keep_softcap
 from undivided.models.configuration import UndividedConfig
 
 
@@ -39,6 +39,7 @@ class UndividedForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self._cache_argument = cache_argument()
         self.native = AutoModelForCausalLM.from_config(config.base_config)
+        keep_softcap(self.native)
         self._no_split_modules = list(self.native._no_split_modules or [])
         for layer_idx, entry in enumerate(config.attention or []):
             if entry is not None:
@@ -55,6 +56,7 @@ class UndividedForCausalLM(PreTrainedModel, GenerationMixin):
         config = UndividedConfig(base_config=model.config.to_dict())
         with torch.device("meta"):
             host = cls(config)
+        keep_softcap(model)
         config.base_config = model.config
         host.native = model
         host.generation_config = model.generation_config

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from undivided.data.demo import DEMO_MODEL, demo_model
 from undivided.data.folders import WorkFolder, prepare_target, write_folder
-from undivided.models.bases import check_supported
+from undivided.models.bases import check_supported, keep_softcap
 from undivided.models.registration import MODEL_TYPE
 
 if TYPE_CHECKING:
@@ -331,6 +331,7 @@ def _load(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTr
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
+    keep_softcap(model)
     for key in sorted(found["mismatched_keys"])[:1]:
         name, stored, expected = key
         raise ValueError(

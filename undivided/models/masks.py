@@ -7,6 +7,8 @@ themselves do not need. Only public interfaces are used: `AttentionInterface.reg
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 IMPLEMENTATION = "undivided"
+UNPADDED = "undivided-unpadded"
 
 
 def unless_needed(
@@ -26,6 +29,28 @@ def unless_needed(
     return sdpa_mask(
         *args, attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip, **kwargs
     )
+
+
+@contextmanager
+def without_masks(*models: Any) -> Iterator[None]:
+    """Within the context, models build no mask at all: for whole texts, neither padded nor packed nor behind a cache.
+
+    Models that do not attend through transformers' interface are left as they are.
+
+    While a CUDA graph is captured, transformers cannot look whether a batch is packed, and builds a mask of `length x
+    length` for it: every replay would attend with it, and no kernel for causal attention could run.
+    """
+    # Without an entry in AttentionMaskInterface there is no mask.
+    AttentionInterface.register(UNPADDED, sdpa_attention_forward)
+    chosen = [model for model in models if getattr(model, "_supports_attention_backend", False)]
+    before = [model.config._attn_implementation for model in chosen]
+    try:
+        for model in chosen:
+            model.set_attn_implementation(UNPADDED)
+        yield
+    finally:
+        for model, implementation in zip(chosen, before, strict=True):
+            model.set_attn_implementation(implementation)
 
 
 def leave_out_masks(model: Any) -> None:

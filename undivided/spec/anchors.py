@@ -48,14 +48,16 @@ def anchor(
     inside = weights.masked_fill(~mask, 0.0)
     if isinstance(kind, NoAnchor):
         return inside
-    if (inside < 0).any():
+    # While a CUDA graph is captured there are no numbers yet to look at.
+    can_look = not (weights.is_cuda and torch.cuda.is_current_stream_capturing())
+    if can_look and (inside < 0).any():
         raise NotPositive(f"the smallest weight is {inside.min().item():g}; {kind!r} needs positive weights.")
     # Dividing by a sum keeps the gradient finite where a weight is exactly zero; the logarithm would not.
     sums = {RowSum: (-1,), ColumnSum: (-2,), GlobalSum: (-2, -1)}
     if type(kind) in sums:
         total = inside.sum(dim=sums[type(kind)], keepdim=True)
         admissible = _any(mask, sums[type(kind)])
-        if (admissible & (total == 0)).any():
+        if can_look and (admissible & (total == 0)).any():
             raise NotPositive(f"all admissible weights of a sum are zero; {kind!r} cannot divide by it.")
         return inside / torch.where(admissible, total, torch.ones_like(total))
     safe = torch.where(mask & (inside > 0), inside, torch.ones_like(inside))

@@ -89,7 +89,8 @@ class HeadExpansion:
             raise ValueError(
                 f"{heads} key heads do not divide {self.num_query_heads} query heads; give an assignment."
             )
-        return tensor.repeat_interleave(self.num_query_heads // heads, dim=1)
+        repeats = self.num_query_heads // heads
+        return tensor if repeats == 1 else tensor.repeat_interleave(repeats, dim=1)
 
 
 def _num_query_heads(spec: AttentionSpec, inputs: Inputs) -> int:

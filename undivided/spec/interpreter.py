@@ -116,7 +116,7 @@ def to_group(tensor: torch.Tensor, heads: int) -> torch.Tensor:
         raise ValueError(
             f"a term of the mix has {tensor.shape[1]} heads, which does not divide {heads} of the first."
         )
-    return tensor.repeat_interleave(heads // tensor.shape[1], dim=1)
+    return tensor if tensor.shape[1] == heads else tensor.repeat_interleave(heads // tensor.shape[1], dim=1)
 
 
 def coefficient_of(term: Term, tensors: Tensors, like: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,9 @@ That it computes the same function is proved by test: `Lowered.verify` runs it b
 
 from __future__ import annotations
 
+import functools
 import importlib
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -82,10 +84,12 @@ class Lowered:
         parts = [
             self.target.run(self.spec, Inputs(tensors, term), attention_mask, call) for term in self.spec.mix
         ]
-        heads = parts[0].shape[1]
-        total = torch.zeros((), dtype=parts[0].dtype, device=parts[0].device)
-        for term, part in zip(self.spec.mix, parts, strict=True):
-            total = total + coefficient_of(term, tensors, part) * to_group(part, heads)
+        summands = [
+            _weighted(term, tensors, to_group(part, parts[0].shape[1]))
+            for term, part in zip(self.spec.mix, parts, strict=True)
+        ]
+        # Beside one fast kernel every further pass over the output is seen: no sum of one, no product with 1.
+        total = functools.reduce(operator.add, summands)
         return apply_updates(self.spec.update, total, tensors)
 
     def verify(self, tensors: Tensors, attention_mask: torch.Tensor | None = None) -> float:
@@ -152,6 +156,11 @@ def attend(
     return lower(spec, target)(named, attention_mask)
 
 
+def _weighted(term: Term, tensors: Tensors, part: torch.Tensor) -> torch.Tensor:
+    plain = term.times is None and term.coefficient == 1
+    return part if plain else coefficient_of(term, tensors, part) * part
+
+
 class _Pairs(NamedTuple):
     """One dot product that stands for the whole chart."""
 
@@ -201,7 +210,12 @@ def _pairs(spec: AttentionSpec, inputs: Inputs) -> _Pairs:
         queries.append(query)
     first = scales[0]
     queries = [x if scale == first else x * (scale / first) for x, scale in zip(queries, scales, strict=True)]
-    return _Pairs(torch.cat(queries, -1), torch.cat(keys, -1), first)
+    return _Pairs(_side_by_side(queries), _side_by_side(keys), first)
+
+
+def _side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:
+    # torch.cat copies a single tensor too.
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def _values(spec: AttentionSpec, inputs: Inputs, pairs: _Pairs) -> tuple[_Pairs, torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 from undivided.spec import carrier as _carrier
@@ -205,7 +205,7 @@ class AttentionSpec(Node):
                 f"empty_row={self.carrier.empty_row!r} needs anchor=RowSum(), not {self.anchor!r}."
             )
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[str, ...]:
         """Names of the tensors the interpreter needs, in the order of declaration, each once."""
         shared = list(input_names(self))

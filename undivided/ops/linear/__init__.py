@@ -15,7 +15,7 @@ _MAX_WIDTH = {2: 128, 4: 64}
 
 
 def _triton(**arguments):
-    """Kernels in Triton, forward; gradients are those of "composed"."""
+    """Kernels in Triton, forward and backward, which read each tensor at most twice."""
     return autograd.attend(**arguments)
 
 
@@ -97,7 +97,7 @@ def linear_attention(
         modulation: g, `[batch, heads, queries, value_dim]`; default none.
         normalize: whether to divide.
         eps: beside the denominator, which is a mean over keys, not a sum.
-        backend: "auto", "triton" (a GPU; one read of each tensor in the forward), "composed" (linear in the number of
+        backend: "auto", "triton" (a GPU), "composed" (linear in the number of
             tokens) or "reference" (all pairs).
 
     Returns:

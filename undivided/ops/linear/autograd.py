@@ -1,4 +1,4 @@
-"""The torch operators of the fused linear attention: its forward, and a backward through products of PyTorch."""
+"""The torch operators of the fused linear attention, forward and backward, and the gradient between them."""
 
 from __future__ import annotations
 
@@ -39,11 +39,14 @@ def _forward_fake(query, key, value, *arguments):
 
 @torch.library.register_fake("undivided::linear_attention_backward")
 def _backward_fake(dout, query, key, value, local, modulation, *arguments):
-    return tuple(query.new_empty(0 if x is None else x.shape) for x in (query, key, value, local, modulation))
+    return tuple(
+        query.new_empty(0) if x is None else x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
+        for x in (query, key, value, local, modulation)
+    )
 
 
 class LinearAttention(torch.autograd.Function):
-    """The fused output; and gradients in products of PyTorch."""
+    """The fused output and its gradients; nothing is kept from the forward but its inputs."""
 
     @staticmethod
     def forward(ctx, *inputs):

@@ -20,15 +20,6 @@ def feature(x: torch.Tensor, name: str) -> torch.Tensor:
     return F.relu(x) if name == "relu" else x
 
 
-def feature_slope(x: torch.Tensor, name: str) -> torch.Tensor:
-    """Returns the derivative of phi at x."""
-    if name == "elu1":
-        return x.clamp(max=0).exp()
-    if name == "softplus":
-        return torch.sigmoid(x)
-    return (x > 0).to(x.dtype) if name == "relu" else torch.ones_like(x)
-
-
 def rotate(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
     """Returns `x` `[..., tokens, dim]` with channels (2p, 2p + 1) of each token rotated by the angle of pair p."""
     if cos is None or sin is None:

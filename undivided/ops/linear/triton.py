@@ -6,6 +6,8 @@ the size of the tokens is written but the output. Pairs of channels are kept as 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +19,7 @@ _PROGRAMS = 528
 
 
 @triton.jit
-def _feature(x, NAME: tl.constexpr):
+def feature(x, NAME: tl.constexpr):
     if NAME == "elu1":
         x = tl.where(x >= 0, x + 1, tl.exp(tl.minimum(x, 0.0)))
     elif NAME == "softplus":
@@ -28,30 +30,37 @@ def _feature(x, NAME: tl.constexpr):
 
 
 @triton.jit
-def _features(
-    base, place, count, stride, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, NAME: tl.constexpr
-):  # fmt: skip
-    """Features of the first and of the second channels of pairs; zero for rows outside and columns from WIDTH on."""
-    column = tl.arange(0, COLUMNS)
+def load_pairs(base, place, count, stride, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr):
+    """The first and the second channels of pairs in float32, and which of them are inside of rows and columns."""
+    column, pair = tl.arange(0, COLUMNS), tl.arange(0, COLUMNS // 2)
     inside = (place < count)[:, None] & (column < WIDTH)[None, :]
     # int64: a token's stride times a million tokens passes 2**31.
     x = tl.load(base + place.to(tl.int64)[:, None] * stride + column[None, :], mask=inside, other=0.0)
-    x = tl.where(inside, _feature(x.to(tl.float32), NAME), 0.0)
-    return tl.split(tl.reshape(x, [TILE, COLUMNS // 2, 2]))
+    first, second = tl.split(tl.reshape(x.to(tl.float32), [TILE, COLUMNS // 2, 2]))
+    return first, second, (place < count)[:, None] & (pair < WIDTH // 2)[None, :]
 
 
 @triton.jit
-def _rotated(first, second, cos, sin, place, count, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+def _features(
+    base, place, count, stride, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, NAME: tl.constexpr
+):  # fmt: skip
+    """Features of the first and of the second channels of pairs; zero outside."""
+    first, second, inside = load_pairs(base, place, count, stride, WIDTH, COLUMNS, TILE)
+    return tl.where(inside, feature(first, NAME), 0.0), tl.where(inside, feature(second, NAME), 0.0)
+
+
+@triton.jit
+def rotated(first, second, cos, sin, place, count, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
     pair = tl.arange(0, COLUMNS // 2)
     offset = place.to(tl.int64)[:, None] * (WIDTH // 2) + pair[None, :]
     inside = (place < count)[:, None] & (pair < WIDTH // 2)[None, :]
-    c = tl.load(cos + offset, mask=inside, other=0.0)
-    s = tl.load(sin + offset, mask=inside, other=0.0)
+    c = tl.load(cos + offset, mask=inside, other=0.0).to(tl.float32)
+    s = tl.load(sin + offset, mask=inside, other=0.0).to(tl.float32)
     return first * c - second * s, second * c + first * s
 
 
 @triton.jit
-def _pairs(base, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+def pair_vector(base, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
     """The first and the second channels of a vector of float32."""
     pair = tl.arange(0, COLUMNS // 2)
     inside = pair < WIDTH // 2
@@ -94,7 +103,7 @@ def _buffer_kernel(
     key += (index // heads) * key_stride_b + (index % heads) * key_stride_h
     value += (index // heads) * value_stride_b + (index % heads) * value_stride_h
     if CONTEXT:
-        mean_first, mean_second = _pairs(mean + index * WIDTH, WIDTH, COLUMNS)
+        mean_first, mean_second = pair_vector(mean + index * WIDTH, WIDTH, COLUMNS)
     columns = tl.arange(0, VALUES)
     buffer_first = tl.zeros([COLUMNS // 2, VALUES], tl.float32)
     buffer_second = tl.zeros([COLUMNS // 2, VALUES], tl.float32)
@@ -126,7 +135,7 @@ def _buffer_kernel(
         sum_first += tl.sum(first, 0)
         sum_second += tl.sum(second, 0)
         if ROTATE:
-            first, second = _rotated(first, second, cos, sin, place, count, WIDTH, COLUMNS)
+            first, second = rotated(first, second, cos, sin, place, count, WIDTH, COLUMNS)
         if v.dtype == tl.bfloat16:
             # Rounded as the values are; of float16, whose range is narrow, features and their weights are not.
             first, second = first.to(tl.bfloat16), second.to(tl.bfloat16)
@@ -149,10 +158,11 @@ def _buffer_kernel(
         tl.store(totals + part, total)
 
 
-# One program: one row of one head's buffer, and that number of its sum of keys, from all shares.
+# One program: one row of one head's buffer, and that number of its mean of keys, from all shares; the first also the
+# logarithm of the sum of the softmax.
 @triton.jit(do_not_specialize=("count", "shares"))
 def _sum_kernel(
-    buffers, key_sums, tops, totals, buffer, key_mean, count, shares,
+    buffers, key_sums, tops, totals, buffer, key_mean, log_total, count, shares,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUES: tl.constexpr, SHARES: tl.constexpr, CONTEXT: tl.constexpr,
 ):  # fmt: skip
     index, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -161,7 +171,10 @@ def _sum_kernel(
     if CONTEXT:
         top = tl.load(tops + part, mask=share < shares, other=-1.0e30)
         weight = tl.exp(top - tl.max(top, 0))
-        weight /= tl.sum(weight * tl.load(totals + part, mask=share < shares, other=0.0), 0)
+        total = tl.sum(weight * tl.load(totals + part, mask=share < shares, other=0.0), 0)
+        weight /= total
+        if row == 0:
+            tl.store(log_total + index, tl.max(top, 0) + tl.log(total))
     else:
         weight = tl.full([SHARES], 1.0, tl.float32) / count
     inside = (share < shares)[:, None] & (columns < VALUE_WIDTH)[None, :]
@@ -191,12 +204,12 @@ def _out_kernel(
     first, second = _features(query, place, count, query_stride_n, WIDTH, COLUMNS, TILE, NAME)
     pair, columns = tl.arange(0, COLUMNS // 2), tl.arange(0, VALUES)
     if NORMALIZE:
-        mean_first, mean_second = _pairs(key_mean + index * WIDTH, WIDTH, COLUMNS)
+        mean_first, mean_second = pair_vector(key_mean + index * WIDTH, WIDTH, COLUMNS)
         norm = tl.sum(first * mean_first[None, :], 1) + tl.sum(second * mean_second[None, :], 1) + eps
         # Rows outside have no features.
         norm = tl.where(place < count, norm, 1.0)
     if ROTATE:
-        first, second = _rotated(first, second, cos, sin, place, count, WIDTH, COLUMNS)
+        first, second = rotated(first, second, cos, sin, place, count, WIDTH, COLUMNS)
     buffer += index * (WIDTH * VALUE_WIDTH)
     offset = 2 * pair[:, None] * VALUE_WIDTH + columns[None, :]
     inside = (pair < WIDTH // 2)[:, None] & (columns < VALUE_WIDTH)[None, :]
@@ -219,35 +232,53 @@ def _out_kernel(
     tl.store(out, y.to(out.dtype.element_ty), mask=inside)
 
 
-def forward(
-    query, key, value, feature_map, context, scale, cos, sin, local, modulation, normalize, eps, *, tile=None,
-    num_warps=4, programs=_PROGRAMS,
+class Context(NamedTuple):
+    """What all queries read: S and z, float32 `[batch * heads, ...]`, and what they are made of.
+
+    `mean` is the sum of the queries' features and `scale` that of the logits over their number; `log_total` the
+    logarithm of the sum of the exponentials of the logits; `cos` and `sin` the tables as the kernels read them.
+    """
+
+    buffer: torch.Tensor
+    key_mean: torch.Tensor
+    mean: torch.Tensor | None
+    log_total: torch.Tensor
+    scale: float
+    cos: torch.Tensor | None
+    sin: torch.Tensor | None
+
+
+def shares_of(count: int, tile: int, rows: int, programs: int, most: int = 128) -> tuple[int, int]:
+    """Returns tiles a share and shares, `most` at most, so that so many programs share the tokens of all heads."""
+    tiles = triton.cdiv(triton.cdiv(count, tile), max(1, min(most, programs // rows)))
+    return tiles, triton.cdiv(triton.cdiv(count, tile), tiles)
+
+
+def context(
+    query, key, value, feature_map, has_context, scale, cos, sin, *, tile=None, num_warps=4, programs=_PROGRAMS
 ):  # fmt: skip
-    """Returns the output, `[batch, tokens, heads, value_dim]` in memory."""
+    """Returns what all queries read; `has_context` says whether tokens have weights."""
+    tile = tile or tile_of(query)
     batch, heads, queries, width = query.shape
     keys, value_width = value.shape[2:]
-    query, key, value = map(rows_contiguous, (query, key, value))
-    # Tokens of a tile.
-    tile = tile or (64 if query.element_size() == 2 else 32)
     rotate = cos is not None
     if rotate:
-        cos, sin = (table.float().contiguous() for table in (cos, sin))
+        cos, sin = ((x.float() if x.dtype == torch.float64 else x).contiguous() for x in (cos, sin))
     # A pair of channels is one column of each half, and a product needs 16 of them.
     columns, values = max(32, block_width(width)), block_width(value_width)
     rows = batch * heads
-    tiles = triton.cdiv(triton.cdiv(keys, tile), max(1, min(64, programs // rows)))
-    shares = triton.cdiv(triton.cdiv(keys, tile), tiles)
+    tiles, shares = shares_of(keys, tile, rows, programs)
     new = {"dtype": torch.float32, "device": query.device}
     buffers = torch.empty(rows, shares, width, value_width, **new)
     key_sums = torch.empty(rows, shares, width, **new)
     tops, totals = torch.empty(2, rows, shares, **new)
     buffer, key_mean = torch.empty(rows, width, value_width, **new), torch.empty(rows, width, **new)
+    log_total = torch.empty(rows, **new)
     widths = {"WIDTH": width, "COLUMNS": columns, "TILE": tile, "NAME": feature_map}
-    both = {"VALUE_WIDTH": value_width, "VALUES": values, "PRECISION": precision(query), "ROTATE": rotate}
     mean = None
-    if context:
-        query_tiles = triton.cdiv(triton.cdiv(queries, tile), shares)
-        query_shares = triton.cdiv(triton.cdiv(queries, tile), query_tiles)
+    if has_context:
+        # A share of the mean is one row of numbers, and reads little: more of them keep more reads in flight.
+        query_tiles, query_shares = shares_of(queries, tile, rows, 4 * programs, 1024)
         sums = torch.empty(rows, query_shares, width, **new)
         _mean_kernel[rows, query_shares](
             query, sums, queries, heads, query_tiles, *query.stride()[:3], **widths, num_warps=num_warps
@@ -256,21 +287,46 @@ def forward(
         scale = scale / queries
     _buffer_kernel[rows, shares](
         key, value, cos, sin, mean, buffers, key_sums, tops, totals, scale, keys, heads, tiles,
-        *key.stride()[:3], *value.stride()[:3], **widths, **both, CONTEXT=context, num_warps=num_warps, num_stages=2,
+        *key.stride()[:3], *value.stride()[:3], **widths, VALUE_WIDTH=value_width, VALUES=values,
+        PRECISION=precision(query), ROTATE=rotate, CONTEXT=has_context, num_warps=num_warps, num_stages=2,
     )  # fmt: skip
     _sum_kernel[rows, width](
-        buffers, key_sums, tops, totals, buffer, key_mean, keys, shares, WIDTH=width, VALUE_WIDTH=value_width,
-        VALUES=values, SHARES=triton.next_power_of_2(shares), CONTEXT=context, num_warps=num_warps,
+        buffers, key_sums, tops, totals, buffer, key_mean, log_total, keys, shares, WIDTH=width,
+        VALUE_WIDTH=value_width, VALUES=values, SHARES=triton.next_power_of_2(shares), CONTEXT=has_context,
+        num_warps=num_warps,
+    )  # fmt: skip
+    return Context(buffer, key_mean, mean, log_total, scale, cos, sin)
+
+
+def forward(
+    query, key, value, feature_map, has_context, scale, cos, sin, local, modulation, normalize, eps, *, tile=None,
+    num_warps=4, programs=_PROGRAMS,
+):  # fmt: skip
+    """Returns the output, `[batch, tokens, heads, value_dim]` in memory."""
+    batch, heads, queries, width = query.shape
+    value_width = value.shape[3]
+    query, key, value = map(rows_contiguous, (query, key, value))
+    tile = tile or tile_of(query)
+    found = context(
+        query, key, value, feature_map, has_context, scale, cos, sin, tile=tile, num_warps=num_warps,
+        programs=programs,
     )  # fmt: skip
     out = query.new_empty((batch, queries, heads, value_width)).transpose(1, 2)
     local, modulation = (None if x is None else rows_contiguous(x) for x in (local, modulation))
     strides = [(0, 0, 0) if x is None else x.stride()[:3] for x in (local, modulation)]
-    _out_kernel[(rows * triton.cdiv(queries, tile),)](
-        query, cos, sin, buffer, key_mean, local, modulation, out, eps, queries, heads,
-        *query.stride()[:3], *strides[0], *strides[1], **widths, **both, NORMALIZE=normalize, LOCAL=local is not None,
-        MODULATE=modulation is not None, num_warps=num_warps,
+    _out_kernel[(batch * heads * triton.cdiv(queries, tile),)](
+        query, found.cos, found.sin, found.buffer, found.key_mean, local, modulation, out, eps, queries, heads,
+        *query.stride()[:3], *strides[0], *strides[1],
+        WIDTH=width, VALUE_WIDTH=value_width, COLUMNS=max(32, block_width(width)), VALUES=block_width(value_width),
+        TILE=tile, NAME=feature_map, ROTATE=cos is not None, NORMALIZE=normalize, LOCAL=local is not None,
+        MODULATE=modulation is not None, PRECISION=precision(query), num_warps=num_warps,
     )  # fmt: skip
     return out
+
+
+def tile_of(tensor: torch.Tensor) -> int:
+    """How many tokens a tile has."""
+    return 64 if tensor.element_size() == 2 else 32
 
 
 def precision(tensor: torch.Tensor) -> str:

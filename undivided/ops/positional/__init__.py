@@ -60,8 +60,8 @@ def gated_positional_attention(
 
     The weights by position are a Kronecker product of one matrix over rows and one over columns, since `w . r_ij` is a
     sum of a term of each axis, and no tensor of all pairs of tokens is made. "sdpa" applies these two to the values,
-    one after the other, beside torch's fused attention; "triton" multiplies them inside the kernel that computes the
-    weights by content, so that queries, keys and values are read once.
+    one after the other, beside torch's fused attention; "triton" mixes them with the weights by content inside of one
+    kernel, so that queries, keys and values are read once.
 
     Args:
         query, key: `[batch, heads, height * width, head_dim]`, tokens in row-major order.
@@ -70,7 +70,7 @@ def gated_positional_attention(
         gate: g, the part that positions have, `[heads]`, from 0 to 1.
         size: `(height, width)` of the map.
         scale: factor of the products; default `head_dim ** -0.5`.
-        backend: "auto", "triton", "sdpa" or "reference".
+        backend: "auto" ("triton" on a GPU for up to 256 tokens, else "sdpa"), "triton", "sdpa" or "reference".
 
     Returns:
         `[batch, heads, height * width, value_dim]`, of the dtype of `query`.
@@ -110,7 +110,9 @@ def gated_positional_attention(
         "size": (size[0], size[1]),
         "scale": head_dim**-0.5 if scale is None else scale,
     }
-    chosen = select("gated_positional_attention", BACKENDS, backend, query.device, arguments)
+    # Of many tokens "sdpa" is the first that is able.
+    backends = BACKENDS if tokens <= separable.FEW_TOKENS else BACKENDS[1:] + BACKENDS[:1]
+    chosen = select("gated_positional_attention", backends, backend, query.device, arguments)
     return chosen.run(**arguments)
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from undivided.ops._flash import LOG2E, block_width, load_tile, precision, rows_contiguous
-from undivided.ops.positional.triton import (
+from undivided.ops.positional._axes import (
     RUNTIME,
     Tiling,
     axis_norm,

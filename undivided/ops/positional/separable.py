@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+# Up to so many tokens a kernel that holds all keys is faster. Beyond them it is not: at 28 x 28 tokens on an H100 these
+# products take 0.76 ms where the kernel takes 1.08, with gradients 3.65 and 3.73.
+FEW_TOKENS = 256
+
 
 def reasons(**arguments: object) -> list[str]:
     return []
