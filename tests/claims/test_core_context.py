@@ -33,12 +33,15 @@ def test_the_cache_is_what_was_filled(monkeypatch):
     monkeypatch.setattr(core_context, "HEAD_DIM", 8)
     monkeypatch.setattr(core_context, "MHA", (16, 16))
     monkeypatch.setattr(core_context, "GQA", (16, 8))
+    monkeypatch.setattr(core_context, "_CACHED", 16384)
     rows = list(core_context._memory("cpu"))
     kinds = ["query", "query", "kv"]
     assert [row.what for row in rows] == [f'cache of a layer, core_heads="{kind}"' for kind in kinds]
     cores, single, waiting = (16384 - 1024) // 16, 1024, 1024 * 4
-    assert rows[0].ours * 2**20 == pytest.approx(2 * (2 * 2 * 8 * (cores + single) + waiting))
-    assert rows[0].baseline * 2**20 == pytest.approx(2 * 2 * 2 * 8 * 16384)
+    # One head.
+    assert rows[0].ours * 2**20 == pytest.approx(2 * (2 * 8 * (cores + single) + waiting / 2))
+    assert rows[0].baseline * 2**20 == pytest.approx(2 * 2 * 8 * 16384)
+    assert rows[0].required == pytest.approx(1 / 0.07)
 
 
 def test_a_window_with_sinks_sees_sinks_and_window():
@@ -57,8 +60,9 @@ def test_a_window_with_sinks_sees_sinks_and_window():
         layer.attend(query[:, :, :1], key, value, None)
 
 
-def test_the_quality_table_trains_attention_alone_and_has_its_bars(monkeypatch):
-    for name, value in (("LENGTH", 64), ("WINDOW", 16), ("GROUP", 4), ("BUDGET", 32)):
+@pytest.fixture
+def table(monkeypatch):
+    for name, value in (("LENGTH", 64), ("GROUP", 4)):
         monkeypatch.setattr(_core_quality, name, value)
     model = tiny_model("llama").eval()
     vocabulary = RecallVocabulary(1, tuple(range(2, 40)), tuple(range(40, 80)))
@@ -66,23 +70,45 @@ def test_the_quality_table_trains_attention_alone_and_has_its_bars(monkeypatch):
         4, vocabulary, num_pairs=2, num_queries=2, num_fillers=50, haystack=torch.randint(80, 250, (500,))
     )
     own = _core_quality.Setting(
-        model, torch.randint(1, 250, (600,)), torch.randint(1, 250, (2, 64)), needles, 1
+        model,
+        torch.randint(1, 250, (600,)),
+        torch.randint(1, 250, (2, 64)),
+        {0.1: needles, 0.9: needles},
+        1,
+        16,
     )
-    monkeypatch.setattr(_core_quality, "setting", lambda device, quick: own)
-    monkeypatch.setattr(_core_quality, "_through_peft", lambda *arguments: iter(()))
+    assert own.budget == 32
+    monkeypatch.setattr(_core_quality, "setting", lambda *arguments: own)
+    return own
+
+
+def test_the_quality_table_trains_attention_alone_and_has_its_bars(table):
+    own, model = table, table.model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     rows = list(_core_quality.quality("cpu", True))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     bars = {row.baseline_name: row.required for row in rows if row.required is not None}
     assert bars == {"full attention": 0.97, _core_quality._STREAMING: 1.0}
-    assert sum("after 1 steps" in row.what for row in rows) == 5 + 4
-    tuned = _core_quality._tuned(own, _core_quality._arms()["core context"])
+    assert sum("after 1 steps" in row.what for row in rows) == 3 + 3
+    assert sum("as it is" in row.what for row in rows) == 7 + 8 + 9
+    tuned = _core_quality._tuned(own, _core_quality._arms(own)["core context"])
     for name, tensor in tuned.native.state_dict().items():
         assert torch.equal(tensor, before[name]) == ("self_attn" not in name), name
 
 
+def test_pooling_and_whole_contexts_are_measured_on_a_gpu_alone(table):
+    assert list(_core_quality.pooling("cpu", True)) == list(_core_quality.long("cpu", True)) == []
+    rows = list(_core_quality.pooling("cuda", True))
+    assert ["mean" in rows[0].what, "max" in rows[1].what, "PEFT" in rows[2].what] == [True] * 3
+    assert len({row.baseline for row in rows}) == 1
+    rows = list(_core_quality.long("cuda", True))
+    found = [row.what.split(",")[0] for row in rows[:4]]
+    assert found == 2 * ["loss of tokens 16 to 32"] + 2 * ["loss of tokens 32 to 64"]
+    assert sum("at depth 0.9" in row.what for row in rows) == 3
+
+
 def test_the_claim_is_loaded_and_names_its_bars():
     claim = load("core_context")
-    assert set(claim.parts) == {"speed", "model", "quality"}
+    assert set(claim.parts) == {"speed", "model", "quality", "pooling", "long"}
     assert core_context.BARS == {32768: 3.5, 65536: 5.7}
     assert dataclasses.is_dataclass(claim)

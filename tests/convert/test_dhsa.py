@@ -76,11 +76,12 @@ def test_a_converted_model_reads_short_prompts_as_before_and_says_what_it_does()
     assert report.method == "dhsa"
     assert report.perplexity == {"original": 2.0, "dhsa": 2.0}
     assert report.approximations == [
-        "a block of 128 queries of a longer prompt attends to 256 keys: perplexity 2 -> 2"
+        "a block of 128 queries of a longer prompt attends to 256 keys: perplexity 2 -> 2",
+        "so does a generated token behind a longer cache: perplexity 2 -> 2",
     ]
     assert report.cache_bytes_per_token_per_rank == 2 * 2 * 2 * 8 * 4
     fixed, _ = convert_dhsa(model, boundaries="fixed", budget=256)
-    blocks, report = convert_dhsa(model, mode="a")
+    blocks, report = convert_dhsa(model, mode="a", decode="full")
     assert report.approximations == [
         "a block of 128 queries of a longer prompt attends to 12.5% of the blocks of keys"
     ]

@@ -6,8 +6,9 @@ import torch
 from tests.tiny import tiny_config, tiny_model
 from undivided.convert import attach
 from undivided.layers._block_modes import MODES, block_means, choose_blocks
+from undivided.layers._chunks import block_lists, chunk_representations, dhsa_select
 from undivided.layers.boundaries import BoundaryPredictor, fixed_boundaries
-from undivided.layers.dhsa import DHSAttention, block_lists, chunk_representations, dhsa_select
+from undivided.layers.dhsa import DHSAttention
 from undivided.layers.gqa import GQAttention
 from undivided.models.causal_lm import UndividedForCausalLM
 from undivided.spec import interpret

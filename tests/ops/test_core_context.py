@@ -233,6 +233,17 @@ def test_gradients_flow_through_the_pooling():
     assert torch.autograd.gradcheck(lambda *x: whole("reference", 2, 3)(*x), x)
 
 
+@pytest.mark.gpu
+def test_long_texts_in_half_precision_stay_finite():
+    x = {
+        name: t.bfloat16().requires_grad_()
+        for name, t in inputs(length=32768, batch=1, device="cuda").items()
+    }
+    out = whole("triton", 16, 1024)(**x)
+    gradients = torch.autograd.grad(out.float().square().sum(), list(x.values()))
+    assert all(tensor.isfinite().all() for tensor in (out, *gradients))
+
+
 def test_the_operators_are_sound(device):
     x = [tensor.float().requires_grad_() for tensor in inputs(length=24, device=device).values()]
     last = x[0][:, :, 3::4].detach().clone().requires_grad_()
@@ -265,21 +276,32 @@ out, lse = triton.forward(query, key, key, *pooled, 512, 16, 128, 0.1, 0.0)
 backward.backward(out, lse, query, key, key, *pooled, lse, 512, 16, 128, 0.1, 0.0)
 backward.pool_backward(*pooled, last, key, key, 16, 0.1)
 
-# One process for both operators: it takes longer to start than to compile.
+# One process for three operators: it takes longer to start than to compile.
 from undivided.ops.gathered import triton
 
 for head_dim, window, softcap in ((64, None, None), (256, 4096, 50.0)):
     query, key = (torch.empty(1, heads, 512, head_dim, dtype=torch.bfloat16) for heads in (8, 2))
     lists, counts = torch.zeros(1, 1, 4, 256, dtype=torch.int32), torch.zeros(1, 1, 4, dtype=torch.int32)
     triton.forward(query, key, key, lists, counts, 128, True, window, 0.1, softcap)
+    # A step of decoding.
+    triton.forward(query[:, :, :1], key, key, lists[:, :, :1], counts[:, :, :1], 1, True, None, 0.1, softcap)
+
+from undivided.ops.gaussian import triton
+
+scale = torch.ones(2)
+for length in (257, 4097):
+    x = torch.empty(2, 2, length, 72, dtype=torch.bfloat16)
+    out, saved = triton.forward(x, scale, scale, 1e-8)
+    triton.backward(out, x, scale, scale, saved, 1e-8)
 """
 
 
 def test_every_kernel_compiles_for_hopper_and_fits_its_shared_memory(run_python):
     lines = [line.split() for line in run_python(COMPILES).stdout.splitlines()]
-    assert [name for name, _ in lines].count("_forward_kernel") == 3
+    assert [name for name, _ in lines].count("_forward_kernel") == 6
     assert {name for name, _ in lines} == {
-        "_pool_kernel", "_forward_kernel", "_query_kernel", "_key_kernel", "_pool_backward_kernel"
+        "_pool_kernel", "_forward_kernel", "_query_kernel", "_key_kernel", "_pool_backward_kernel", "_backward_kernel",
+        "_moments_kernel", "_sums_kernel", "_gate_kernel",
     }  # fmt: skip
     for name, shared in lines:
         assert int(shared) <= 227 * 1024, name

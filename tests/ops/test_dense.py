@@ -158,6 +158,19 @@ def test_a_step_of_decoding_reads_the_window_and_not_the_cache_before_it():
     torch.testing.assert_close(local(**poisoned), local(**x))
 
 
+@pytest.mark.parametrize("window", [None, 40])
+def test_one_query_behind_a_cache_gets_no_mask(window, monkeypatch):
+    x, masks = inputs(queries=1, keys=40), []
+    plain = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention",
+        lambda *y, **options: masks.append((options["attn_mask"], options["is_causal"])) or plain(*y, **options),
+    )  # fmt: skip
+    out = dense_attention(**x, is_causal=True, window=window, backend="sdpa")
+    assert masks == [(None, False)]
+    torch.testing.assert_close(out, dense_attention(**x, backend="reference"))
+
+
 @pytest.mark.parametrize("kind", ["boolean", "bias"])
 def test_masks_and_biases_are_added_to_causality(kind):
     x = inputs(queries=6, keys=6)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from undivided.ops import dense_attention, gathered_attention
+from undivided.ops.gathered import fused
 from undivided.testing import compare_op, poison_surroundings, poisoned_empty
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -68,6 +69,20 @@ def test_the_fused_kernel_with_options(device):
         compare_op(
             call("triton", **options), reference, reference, inputs(batch=1, device=device), torch.float32, ()
         )
+
+
+@pytest.mark.parametrize("lists", [1, 4])
+@torch.no_grad()
+def test_parts_of_long_lists_of_few_queries_are_merged(lists, device, monkeypatch):
+    monkeypatch.setattr(fused, "_PART", 8)
+    launched = []
+    attend = fused._attend
+    monkeypatch.setattr(fused, "_attend", lambda *x: launched.append(x[3].shape) or attend(*x))
+    for options in ({}, {"window": 20, "return_lse": True}):
+        reference = call("reference", **options)
+        x = inputs(queries=5, keys=40, block_size=3, places=30, lists=lists, batch=1, device=device)
+        compare_op(call("triton", **options), reference, reference, x, torch.float32, ())
+    assert launched == 2 * [(1, 16, 2, 8)]
 
 
 def test_equals_a_softmax_over_the_list_written_with_loops():

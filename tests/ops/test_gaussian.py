@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from undivided.ops.gaussian import gaussian_gate, gaussian_weights
+from undivided.ops.gaussian import gaussian_gate, gaussian_weights, split
 from undivided.testing import compare_op, poisoned_empty
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -32,6 +32,17 @@ def gate(backend):
 def test_is_as_accurate_as_eager(backend, shape, dtype, device):
     with poisoned_empty():
         compare_op(gate(backend), gate("reference"), gate("reference"), inputs(shape, device=device), dtype)
+
+
+@pytest.mark.parametrize("most", [64, 2])
+def test_parts_of_a_long_axis_are_as_accurate_as_eager(most, device, monkeypatch):
+    monkeypatch.setattr(split, "_PART", 64)
+    monkeypatch.setattr(split, "_MOST", most)
+    for shape, dtype in (((2, 3, 257, 7), torch.float32), ((1, 2, 300, 70), torch.float16)):
+        x = inputs(shape, device=device)
+        x["x"] = 2 * x["x"] + 1
+        with poisoned_empty():
+            compare_op(gate("triton"), gate("reference"), gate("reference"), x, dtype)
 
 
 def test_gradients_of_the_reference_are_those_of_differences():

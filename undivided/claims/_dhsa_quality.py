@@ -72,6 +72,43 @@ def quality(device: str, quick: bool) -> Iterator[Row]:
         yield from _rows(own, hosts, budget)
 
 
+@torch.no_grad()
+def decoding(device: str, quick: bool) -> Iterator[Row]:
+    """Yields losses of tokens that are read one by one behind prompts, with a part of the cache and with all of it."""
+    import undivided
+
+    own = setting(device, quick)
+    steps = 16 if quick or device == "cpu" else 64
+    arms: dict[str, dict[str, Any]] = {
+        f"chunks of 16, budget {budget}": {"boundaries": "fixed", "budget": budget} for budget in (256, 512)
+    }
+    arms |= {f"mode {mode}, density 0.125": {"mode": mode, "key_block": 16} for mode in ("topk", "a")}
+    for name, options in arms.items():
+        options = _SIZES | options
+        losses = {
+            decode: _stepped(own, undivided.attach(own.model, "dhsa", decode=decode, **options), steps)
+            for decode in ("sparse", "full")
+        }
+        yield measured(
+            f"loss of tokens read one by one, {name}",
+            f"SmolLM2-135M-Instruct, {len(own.blocks)} prompts of {LENGTH - steps} tokens, {steps} steps",
+            losses["sparse"], "nats a token", better="lower", baseline_name='decode="full" behind the same prompts',
+            baseline=losses["full"],
+        )  # fmt: skip
+
+
+def _stepped(own: Setting, model: Any, steps: int) -> float:
+    """Mean negative log-likelihood of the last tokens, each given behind a cache."""
+    from transformers import DynamicCache
+
+    ids, cache, total = own.blocks.to(own.model.device), DynamicCache(), 0.0
+    first = LENGTH - steps
+    for start, stop in ((0, first), *((n, n + 1) for n in range(first, LENGTH - 1))):
+        out = model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        total += float(F.cross_entropy(out.logits[:, -1].float(), ids[:, stop]))
+    return total / steps
+
+
 def _told(model: Any, predictor: nn.Module, budget: int) -> Any:
     import undivided
 
@@ -139,15 +176,28 @@ def _loss(own: Setting, model: Any, labels: Any) -> float:
 
 @torch.no_grad()
 def _precision(own: Setting, predictor: Any, count: int) -> Iterator[Row]:
-    """Average precision of the predictor on a held-out text, against random scores."""
+    """Average precision of the predictor on a held-out text, against random scores, ends of sentences and blocks."""
     scores, targets = [], []
-    for key, target in boundary_examples(own.model, own.blocks[:1, :1024].to(own.model.device)):
-        mask = inner_gaps(1024, predictor.window, key.device)
-        scores.append(predictor(key)[:, mask])
-        targets.append(target[:, mask])
+    ids = own.blocks[:1, :1024]
+    length = ids.shape[1]
+    for key, target in boundary_examples(own.model, ids.to(own.model.device)):
+        mask = inner_gaps(length, predictor.window, key.device)
+        scores.append(predictor(key)[:, mask].cpu())
+        targets.append(target[:, mask].cpu())
     labels = torch.cat(targets)
-    yield measured(
-        "average precision of predicted boundaries", f"SmolLM2-135M-Instruct, {count} texts of 1024 tokens, all layers",
-        average_precision(torch.cat(scores), labels), "precision", better="higher",
-        baseline_name="chance, the share of boundaries", baseline=float(labels.mean()),
-    )  # fmt: skip
+    value = average_precision(torch.cat(scores), labels)
+    rivals = {"chance, the share of boundaries": float(labels.mean())}
+    # What is not told apart has its order by chance.
+    noise = torch.rand(labels.shape, generator=torch.Generator().manual_seed(0)) / 2
+    gaps = inner_gaps(length, predictor.window)
+    if own.sentence_ends is not None:
+        ends = torch.isin(ids[:, :-1], own.sentence_ends)[:, gaps]
+        rivals["ends of sentences and lines"] = average_precision(ends + noise, labels)
+    blocks = (torch.arange(1, length) % 16 == 0)[gaps]
+    rivals["blocks of 16"] = average_precision(blocks + noise, labels)
+    for name, rival in rivals.items():
+        yield measured(
+            "average precision of predicted boundaries",
+            f"SmolLM2-135M-Instruct, {count} texts of 1024 tokens, all layers", value, "precision", better="higher",
+            baseline_name=name, baseline=rival,
+        )  # fmt: skip

@@ -1,10 +1,10 @@
 """DHSA: what it saves to read a long prompt in part, mask building included, in a model of Gemma-2-2b's shape.
 
 The paper's baselines are eager attention and scaled_dot_product_attention in transformers. Eager is Gemma-2's own, with
-its softcap. SDPA has no softcap, so that its layers leave out work that ours do; it gets masks as transformers builds
-them, also for the layers with a window, and beside them, without a bar, a stronger rival: the same kernels without
-masks, flash attention with a window where there is one. Weights are random: time and memory do not depend on them, and
-the threshold of boundaries is set so low that as many chunks are cut as may be.
+its softcap, and so are ours beside it. SDPA has no softcap, and ours beside it leave it out too; it gets masks as
+transformers builds them, also for the layers with a window, and beside it, without a bar, stands a stronger rival: the
+same kernels without masks, flash attention with a window where there is one. Weights are random: time and memory do
+not depend on them, and the threshold of boundaries is set so low that as many chunks are cut as may be.
 
 The later version, blocks of keys chosen by each head, is timed as attention alone at the shape of Llama-3.1-8B. Quality
 is measured on SmolLM2-135M-Instruct; texts are short, and the model is small.
@@ -12,7 +12,7 @@ is measured on SmolLM2-135M-Instruct; texts are short, and the model is small.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from undivided.claims._harness import Claim, Measure, Row, all_of, measured
 from undivided.claims._timing import time_rivals
 from undivided.layers._block_modes import MODES, choose_blocks
+from undivided.layers._chunks import block_lists, dhsa_select
 from undivided.layers.boundaries import BoundaryPredictor, decode_boundaries, fixed_boundaries
-from undivided.layers.dhsa import block_lists, dhsa_select
+from undivided.layers.dhsa import DHSAttention
 from undivided.layers.gqa import GQAttention
 from undivided.ops import dense_attention, gathered_attention
 from undivided.ops.selected import selected_attention
@@ -65,7 +66,25 @@ def gate(device: str) -> None:
         )
         with torch.no_grad():
             compare_op(own, reference, reference, x, dtype, grad_inputs=())
+    if device == "cuda":
+        _check_few_queries()
     _check_full_budgets(device)
+
+
+@torch.no_grad()
+def _check_few_queries() -> None:
+    """Long lists of an instruction and of one token, which are divided among programs."""
+    for head_dim, queries in ((256, 64), (128, 1)):
+        x = {
+            name: torch.randn(1, heads, length, head_dim, device="cuda")
+            for name, heads, length in (("query", 4, queries), ("key", 2, 4000), ("value", 2, 4000))
+        }
+        lists = torch.arange(4000, dtype=torch.int32, device="cuda").expand(1, 1, 1, -1)
+        own, reference = (
+            partial(gathered_attention, indices=lists, block_size=queries, softcap=50.0, backend=backend)
+            for backend in ("triton", "reference")
+        )
+        compare_op(own, reference, reference, x, torch.bfloat16, grad_inputs=())
 
 
 def _check_full_budgets(device: str) -> None:
@@ -141,6 +160,7 @@ def _with_masks(model: Any) -> Any:
     return host
 
 
+_UNCAPPED = ", no softcap"
 _FLASH = "SDPA and flash attention with windows, no masks"
 
 
@@ -159,8 +179,12 @@ def _arm(model: Any, name: str) -> Any:
         for layer in host.attention_layers():
             layer.softcap = None
         return host
-    predictor = seeded_predictor()
-    return undivided.attach(model, "dhsa", predictor=predictor, share=name, **_OPTIONS)
+    share = name.removesuffix(_UNCAPPED)
+    host = undivided.attach(model, "dhsa", predictor=seeded_predictor(), share=share, **_OPTIONS)
+    if share != name:
+        for layer in host.attention_layers():
+            layer.softcap = None
+    return host
 
 
 def seeded_predictor() -> BoundaryPredictor:
@@ -196,12 +220,13 @@ def _prompts(
     for length in lengths:
         ids = torch.randint(256000, (1, length), device="cuda")
         times, peaks = {}, {}
-        for name in (*shares, *rivals):
-            if name == "eager" and length > 8192:
-                continue
+        # Eager attention forms every weight.
+        here = [name for name in rivals if name != "eager" or length <= 8192]
+        ours = [share + cap for share in shares for cap in ("", _UNCAPPED) if cap or "eager" in here]
+        for name in (*ours, *here):
             call = partial(_arm(model, name), ids, use_cache=False, logits_to_keep=1)
             times[name], peaks[name] = _time_and_peak(call)
-        yield from _prompt_rows(length, times, peaks, shares)
+        yield from _prompt_rows(length, times, peaks, shares, here)
 
 
 def _time_and_peak(call: Callable[[], object], seconds: float = 1.5) -> tuple[float, float]:
@@ -225,19 +250,26 @@ def _time_and_peak(call: Callable[[], object], seconds: float = 1.5) -> tuple[fl
 
 
 def _prompt_rows(
-    length: int, times: dict[str, float], peaks: dict[str, float], shares: tuple[str, ...]
+    length: int,
+    times: dict[str, float],
+    peaks: dict[str, float],
+    shares: tuple[str, ...],
+    rivals: Sequence[str],
 ) -> Iterator[Row]:
     shape = f"{SHAPE}, {length} tokens, budget {BUDGET}, blocks of {BLOCK}"
     time_bars = {("eager", 8192): 1 / 0.75, ("SDPA", 8192): 1 / 0.85, ("SDPA", 32768): 2.0}
     for own in shares:
-        for rival in (name for name in times if name not in shares):
+        for rival in rivals:
+            # What SDPA leaves out, ours beside it does too.
+            arm = own if rival == "eager" else own + _UNCAPPED
+            words = f'share="{own}"{arm.removeprefix(own)}, against {rival}'
             yield measured(
-                f'prompt through the whole model, share="{own}", against {rival}', shape, times[own], "ms",
+                f"prompt through the whole model, {words}", shape, times[arm], "ms",
                 better="lower", baseline_name=rival, baseline=times[rival],
                 required=time_bars.get((rival, length)) if own == "selection" else None,
             )  # fmt: skip
             yield measured(
-                f'peak memory of a prompt, weights included, share="{own}", against {rival}', shape, peaks[own], "GiB",
+                f"peak memory of a prompt, weights included, {words}", shape, peaks[arm], "GiB",
                 better="lower", baseline_name=rival, baseline=peaks[rival],
                 required=1 / 0.65 if own == "selection" and rival == "eager" else None,
             )  # fmt: skip
@@ -327,6 +359,57 @@ def by_blocks(mode: str, query: torch.Tensor, key: torch.Tensor, value: torch.Te
     )[0]
 
 
+@torch.no_grad()
+def _decode(device: str, quick: bool) -> Iterator[Row]:
+    """Yields times of a step's attention, its choice of keys included, behind caches of one layer, on a GPU."""
+    if device == "cpu":
+        return
+    heads, groups, head_dim = LLAMA
+    for length, batch in ((32768, 8),) if quick else ((32768, 8), (131072, 1), (131072, 8)):
+        query, key, value = (
+            torch.randn(batch, count, tokens, head_dim, device="cuda", dtype=torch.bfloat16)
+            for count, tokens in ((heads, 1), (groups, length), (groups, length))
+        )
+        calls = {
+            name: step_behind(query, key, value, **options)
+            for name, options in (
+                ("chunks of 16, budget 2048", {"budget": BUDGET, "boundaries": "fixed"}),
+                ("mode topk, density 0.0156", {"mode": "topk", "density": BUDGET / 131072}),
+            )
+        }
+        full = "full attention, FlashAttention with divided keys"
+        calls[full] = partial(F.scaled_dot_product_attention, query, key, value, enable_gqa=True)
+        times = time_rivals(calls, "cuda", method="graph", seconds=0.05)
+        for name in (name for name in calls if name != full):
+            yield measured(
+                f"attention of a step of decoding, choice of keys included, {name}",
+                f"batch {batch}, {heads} heads on {groups} of {head_dim}, {length} tokens, bf16, CUDA graph",
+                1e3 * times[name].median, "us", better="lower", baseline_name=full, baseline=1e3 * times[full].median,
+            )  # fmt: skip
+
+
+def step_behind(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any
+) -> Callable[[], torch.Tensor]:
+    """Returns a call of one step, which adds the last key to its chunk, chooses and attends."""
+    from transformers import DynamicCache
+
+    heads, groups = query.shape[1], key.shape[1]
+    with torch.device("meta"):
+        layer = DHSAttention(heads * query.shape[3], heads, groups, query.shape[3], **options)
+    cache: Any = layer._chunk_layer(DynamicCache())
+    cache.update(key, value)
+    cache.begin(None, None)
+    length = key.shape[2]
+    cache.chunks(length - 1)
+
+    def call() -> torch.Tensor:
+        cache.summed = length - 1
+        return layer._step(cache, query, key, value, {})
+
+    return call
+
+
 def _full(kernels: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -341,12 +424,20 @@ def _quality(device: str, quick: bool) -> Iterator[Row]:
     yield from quality(device, quick)
 
 
+def _decode_quality(device: str, quick: bool) -> Iterator[Row]:
+    from undivided.claims._dhsa_quality import decoding
+
+    yield from decoding(device, quick)
+
+
 _PARTS: dict[str, Measure] = {
     "speed": _speed,
     "sharing": _sharing,
     "steps": _steps,
     "blocks": _blocks,
+    "decode": _decode,
     "quality": _quality,
+    "decode_quality": _decode_quality,
 }
 CLAIM = Claim(
     slug="dhsa",

@@ -47,6 +47,7 @@ def convert_dhsa(
     boundaries: str = "predicted",
     share: str = "boundaries",
     density: float = 0.125,
+    decode: str = "sparse",
     epochs: int = 2,
     seed: int = 0,
     evaluate: Callable[[Any], float] | None = None,
@@ -61,7 +62,7 @@ def convert_dhsa(
         model: a base model with grouped-query attention, or a host of one.
         calibration: token ids `[samples, length]` without padding, of lengths at which the model will be used: keys
             have rotary positions.
-        mode, budget, query_block, boundaries, share, density: as in `DHSAttention`.
+        mode, budget, query_block, boundaries, share, density, decode: as in `DHSAttention`.
         epochs: how often the predictor goes through the calibration.
         seed: of the predictor's weights.
         evaluate: returns the perplexity of a model; it fills the report. Texts of up to `budget` tokens show nothing.
@@ -84,6 +85,7 @@ def convert_dhsa(
         "boundaries": boundaries,
         "share": share,
         "density": density,
+        "decode": decode,
     }
     log = ConversionLog(evaluate, work, progress)
     log.evaluate("original", model)
@@ -110,6 +112,8 @@ def convert_dhsa(
     log.evaluate("dhsa", host)
     what = f"{budget} keys" if mode == "chunks" else f"{density:.1%} of the blocks of keys"
     log.approximate(f"a block of {query_block} queries of a longer prompt attends to {what}")
+    if any(layer.steps_sparsely for layer in host.attention_layers()):
+        log.approximate("so does a generated token behind a longer cache")
     cached = sum(
         (layer.k_proj.out_features + layer.v_proj.out_features) * layer.k_proj.weight.element_size()
         for layer in host.attention_layers()

@@ -247,6 +247,7 @@ TARGETS: dict[str, Target] = {
             ),
             "share": Option(str, "What layers share: none, boundaries or selection [boundaries]."),
             "density": Option(float, "Share of the blocks of keys that is read, of blocks [0.125]."),
+            "decode": Option(str, "Generated tokens read a part, sparse, or everything, full [sparse]."),
             "epochs": Option(int, "How often the boundary predictor reads the calibration [2]."),
         },
     ),

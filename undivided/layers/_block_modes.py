@@ -153,3 +153,41 @@ def _block_lines(query, key, count, query_block, key_block, vertical_share, firs
             meets = (block <= last - distance) & (block > 0) & (block < last)
             scores.scatter_add_(-1, block.clamp(0, blocks - 1), top[:, :, None] * meets)
     return scores
+
+
+def tokens_of_blocks(
+    query: torch.Tensor, means: torch.Tensor, boundaries: torch.Tensor, mode: str, density: float, key_block: int,
+    variant: str = "paper",
+) -> torch.Tensor:  # fmt: skip
+    """Returns the keys that one more token reads: those of the blocks that `choose_blocks` gives the last row.
+
+    Args:
+        query: `[batch, heads, 1, head_dim]`.
+        means: of the blocks of keys, `[batch, key_heads, blocks, head_dim]`.
+        boundaries: of the blocks, int64 `[batch, blocks + 1]`; empty blocks are behind the others.
+        mode: "topk" or "a"; of the others the last row reads everything.
+        density: chosen share of a text's blocks; one at least.
+        key_block: tokens of a block.
+        variant: as in `choose_blocks`.
+
+    Returns:
+        Positions, int32 `[batch, heads, 1, places]`, -1 where there is none.
+    """
+    scores = (query.to(means.dtype) @ means.repeat_interleave(query.shape[1] // means.shape[1], dim=1).mT)[
+        :, :, 0
+    ]
+    starts, sizes = boundaries[:, None, :-1], boundaries.diff(dim=1)[:, None]
+    numbers = (sizes > 0).sum(dim=-1, keepdim=True)
+    column = torch.arange(sizes.shape[2], device=query.device)
+    forced = (column == numbers - 1) | ((column == 0) & (mode == "a"))
+    if mode == "topk" and variant == "released":
+        forced = torch.zeros_like(forced)
+    counts = torch.maximum((density * numbers.double()).long().clamp(min=1), forced.sum(-1, keepdim=True))
+    most = min(max(int(density * sizes.shape[2]), 2), sizes.shape[2])
+    scores = scores.masked_fill(sizes == 0, float("-inf")).masked_fill(forced, float("inf"))
+    top, places = scores.topk(most, dim=-1)
+    chosen = (torch.arange(most, device=query.device) < counts) & (top > float("-inf"))
+    starts, sizes = (x.expand_as(scores).gather(-1, places)[..., None] for x in (starts, sizes))
+    token = torch.arange(key_block, device=query.device)
+    listed = torch.where(chosen[..., None] & (token < sizes), starts + token, -1)
+    return listed.flatten(2)[:, :, None].to(torch.int32)

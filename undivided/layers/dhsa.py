@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
+import torch.nn.functional as F
 
 from undivided.layers._base import additive_or_boolean, check_arguments, filled_keys
-from undivided.layers._block_modes import MODES, VARIANTS, choose_blocks
+from undivided.layers._block_modes import MODES, VARIANTS, choose_blocks, tokens_of_blocks
+from undivided.layers._chunks import NORMS, block_lists, check_budget, choose_tokens, dhsa_select, normalised
 from undivided.layers._padding import padding_before
 from undivided.layers.boundaries import BoundaryPredictor, decode_boundaries, fixed_boundaries
 from undivided.layers.gqa import GQAttention
@@ -17,129 +19,12 @@ from undivided.ops import dense_attention, gathered_attention
 from undivided.ops._rules import causal_mask
 
 if TYPE_CHECKING:
+    from undivided.layers._chunk_cache import ChunkCacheLayer
     from undivided.spec import AttentionSpec
 
-NORMS = ("sqrt", "mean", "sum")
+DECODES = ("sparse", "full")
 SHARES = ("none", "boundaries", "selection")
 BOUNDARIES = ("predicted", "fixed")
-
-
-def chunk_representations(rows: torch.Tensor, boundaries: torch.Tensor, norm: str = "sqrt") -> torch.Tensor:
-    """Returns a vector of each chunk, `mean * sqrt(tokens)` = `sum / sqrt(tokens)`, `[batch, chunks, width]`.
-
-    For independent tokens its variance does not depend on the chunk's length: a sum favours long chunks, a mean short
-    ones.
-
-    Args:
-        rows: `[batch, length, width]`.
-        boundaries: where chunks begin, ascending, and the length, int64 `[batch, chunks + 1]`.
-        norm: "sqrt"; or "mean" or "sum" of the tokens.
-
-    Source: Dynamic Hierarchical Sparse Attention (arXiv 2510.24606), chunk representations.
-    """
-    counts = boundaries.diff(dim=1)
-    # One sum a chunk: prefix sums would be small differences of large numbers.
-    total = torch.segment_reduce(
-        rows.to(torch.promote_types(rows.dtype, torch.float32)).flatten(0, 1), "sum", lengths=counts.flatten(),
-        initial=0.0, unsafe=True,
-    ).unflatten(0, counts.shape)  # fmt: skip
-    counts = counts.clamp(min=1)[..., None].to(total.dtype)
-    return total / {"sqrt": counts.sqrt(), "mean": counts, "sum": torch.ones_like(counts)}[norm]
-
-
-def dhsa_select(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    boundaries: torch.Tensor,
-    *,
-    block_size: int = 128,
-    budget: int = 1024,
-    num_local: int = 128,
-    num_global: int = 128,
-    window: int | None = None,
-    norm: str = "sqrt",
-) -> torch.Tensor:
-    """Chooses the keys of each block of queries, one list for all heads.
-
-    The first `num_global` tokens (of the window, where there is one) and the last `num_local` up to the block's end, at
-    least the block itself, are always among them. The others are those of the chunks with the highest
-    `S = q . k`, with q and k the representations of the block and of the chunk, means over heads; the chunk at the end
-    of the budget gives its first tokens.
-
-    Args:
-        query: of the first tokens of a text, `[batch, heads, queries, head_dim]`.
-        key: of the whole text, `[batch, key_heads, length, head_dim]`.
-        boundaries: chunks of the keys, int64 `[batch, chunks + 1]`, as `decode_boundaries` returns them.
-        block_size: queries of a block.
-        budget: keys of a block of queries, local and global ones included.
-        num_local, num_global: tokens that are always chosen.
-        window: tokens a query sees, itself included, in layers with a window; default all.
-        norm: of the representations, "sqrt", "mean" or "sum".
-
-    Returns:
-        Positions, ascending, int32 `[batch, 1, blocks, budget]`, -1 behind the last where there are fewer.
-
-    Raises:
-        ValueError: the budget is less than the tokens that are always chosen, or boundaries are none of this text.
-
-    Source: Dynamic Hierarchical Sparse Attention (arXiv 2510.24606); constants: the authors' code, which puts the
-    global tokens in place of the first chosen ones, some of which then count twice.
-    """
-    num_local = max(num_local, block_size)
-    check_budget(budget, block_size, num_local, num_global)
-    length, queries = key.shape[2], query.shape[2]
-    if boundaries.dim() != 2 or boundaries.shape[0] not in (1, key.shape[0]):
-        raise ValueError(f"boundaries has shape {list(boundaries.shape)}; it needs [batch, chunks + 1].")
-    if not torch.compiler.is_compiling() and boundaries.device.type == "cpu":
-        if bool((boundaries.diff(dim=1) < 0).any()) or bool((boundaries[:, 0] != 0).any()):
-            raise ValueError("boundaries are not ascending from 0 on.")
-        if bool((boundaries[:, -1] != length).any()):
-            raise ValueError(f"boundaries end at {int(boundaries[0, -1])}, but key has {length} tokens.")
-    boundaries = boundaries.expand(key.shape[0], -1).contiguous()
-    places = torch.arange(0, queries + block_size, block_size, device=key.device).clamp(max=queries)
-    blocks = -(-queries // block_size)
-    places = places[: blocks + 1].expand(key.shape[0], -1)
-    # Means over heads in float32: signs cancel.
-    dtype = torch.promote_types(key.dtype, torch.float32)
-    rows = chunk_representations(query.mean(dim=1, dtype=dtype), places, norm)
-    chunks = chunk_representations(key.mean(dim=1, dtype=dtype), boundaries, norm)
-    scores = rows @ chunks.transpose(1, 2)
-
-    begin, end = places[:, :-1, None], places[:, 1:, None]
-    low = torch.zeros_like(begin) if window is None else (begin - window + 1).clamp(min=0)
-    local = torch.minimum((end - num_local).clamp(min=0), begin)
-    local = torch.maximum(local, low)
-    free = torch.minimum(low + num_global, local)
-    first = torch.maximum(boundaries[:, None, :-1], free)
-    size = (torch.minimum(boundaries[:, None, 1:], local) - first).clamp(min=0)
-    left = budget - (free - low) - (end - local)
-    order = scores.masked_fill(size == 0, float("-inf")).argsort(dim=-1, descending=True, stable=True)
-    sizes = size.gather(-1, order)
-    taken = torch.minimum((left - sizes.cumsum(dim=-1) + sizes).clamp(min=0), sizes)
-    taken = torch.zeros_like(size).scatter_(-1, order, taken)
-    # What is chosen is a row of intervals: the global tokens, a part of each chunk, the local ones.
-    starts = torch.cat([low, first, local], dim=-1)
-    lengths = torch.cat([free - low, taken, end - local], dim=-1)
-    stops = lengths.cumsum(dim=-1)
-    slot = torch.arange(budget, device=key.device).expand(*stops.shape[:2], -1).contiguous()
-    interval = torch.searchsorted(stops, slot, right=True).clamp(max=stops.shape[-1] - 1)
-    position = slot - stops.gather(-1, interval) + lengths.gather(-1, interval) + starts.gather(-1, interval)
-    return torch.where(slot < stops[..., -1:], position, -1).to(torch.int32)[:, None]
-
-
-def check_budget(budget: int, block_size: int, num_local: int, num_global: int) -> None:
-    """Raises a ValueError unless a budget holds what is always chosen."""
-    if min(block_size, num_local) < 1 or num_global < 0:
-        raise ValueError(
-            f"query_block={block_size} and num_local={num_local} must be at least 1, num_global={num_global} at "
-            "least 0."
-        )
-    needed = max(num_local, block_size) + num_global
-    if budget < needed:
-        raise ValueError(
-            f"budget={budget} is less than the {needed} tokens that are always chosen: num_global={num_global}, and "
-            f"num_local={num_local} or a block of {block_size} queries."
-        )
 
 
 class DHSAttention(GQAttention):
@@ -149,8 +34,13 @@ class DHSAttention(GQAttention):
     the keys where a small `BoundaryPredictor` sees a boundary, scores chunks by `q . k` of normalised means, and takes
     the best (`dhsa_select`); the last `num_instruction` queries attend to all keys. The later version has blocks of
     fixed size, `key_block` keys, which heads choose for themselves: "topk", "a", "vs" or "vsb" (`choose_blocks`).
-    Prompts of up to `budget` tokens, prompts behind a cache and single tokens are attended in full. Cached is what
-    grouped-query attention caches.
+    Prompts of up to `budget` tokens and prompts behind a cache are attended in full.
+
+    A single token behind a longer cache is a block of its own: it reads `budget` keys of the chunks with the highest
+    scores, where all tokens behind the prompt are one growing chunk (of "fixed", chunks of the same size as before);
+    with "topk" and "a" the share `density` of the blocks. "vs" and "vsb" let the last queries read everything, and so
+    do layers with a window. Cached is what grouped-query attention caches, and of each chunk one sum of its keys, so
+    that a step's scores cost as much as the chunks are many. Caches that do not grow are read in full.
 
     Each row of a batch with padding on the left is selected by itself. Selection has no gradient.
 
@@ -175,6 +65,7 @@ class DHSAttention(GQAttention):
         shared_from: that layer; it has the predictor then. With "none" each layer has one.
         predictor_window, predictor_heads, predictor_hidden: sizes of the predictor.
         key_block, density: of the blocks' modes.
+        decode: whether single tokens read a part of the cache, "sparse", or all of it, "full", as in the authors' code.
         variant: of the blocks' modes, "paper" or "released".
         window: tokens a query sees, itself included; by default what the base model's layer has.
         query_bias, key_value_bias, output_bias: whether the projections have a bias.
@@ -221,6 +112,7 @@ class DHSAttention(GQAttention):
         key_block: int = 32,
         density: float = 0.125,
         variant: str = "paper",
+        decode: str = "sparse",
         window: int | None = None,
         query_bias: bool = False,
         key_value_bias: bool = False,
@@ -235,6 +127,7 @@ class DHSAttention(GQAttention):
             ("norm", norm, NORMS),
             ("share", share, SHARES),
             ("variant", variant, VARIANTS),
+            ("decode", decode, DECODES),
         ):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}.")
@@ -269,6 +162,8 @@ class DHSAttention(GQAttention):
         self.threshold, self.chunks_per_block, self.nms = threshold, chunks_per_block, nms
         self.share, self.shared_from = share, shared_from
         self.key_block, self.density, self.variant, self.window = key_block, density, variant, window
+        # "vs" and "vsb" let the last queries read everything.
+        self.steps_sparsely = decode == "sparse" and window is None and mode in ("chunks", "topk", "a")
         predicts = (
             mode == "chunks" and boundaries == "predicted" and (share == "none" or layer_idx == shared_from)
         )
@@ -308,17 +203,25 @@ class DHSAttention(GQAttention):
     ) -> tuple[torch.Tensor, None]:
         check_arguments(self.mechanism, **kwargs)
         query, key, value = self.heads(hidden_states, position_embeddings)
+        memo = {} if layer_memo is None else layer_memo
+        cache = None if past_key_values is None else self._chunk_layer(past_key_values)
         is_prompt = past_key_values is None or int(past_key_values.get_seq_length(self.layer_idx)) == 0
         cached = key, value
         if past_key_values is not None:
             cached = past_key_values.update(key, value, self.layer_idx)
-        if is_prompt and self._is_long(query.shape[2]):
+        is_told = past_key_values is not None and (cache is not None or self.boundary_predictor is not None)
+        if is_prompt and (self._is_long(query.shape[2]) or is_told):
             padding = padding_before(attention_mask, query.shape[2], query.shape[2], self.window)
-            out = self._read(query, key, value, padding, {} if layer_memo is None else layer_memo)
+        if is_prompt and self._is_long(query.shape[2]):
+            out = self._read(query, key, value, padding, memo)
+        elif cache is not None and query.shape[2] == 1 and self._is_long(cached[0].shape[2]):
+            out = self._step(cache, query, *cached, memo)
         else:
             if past_key_values is not None:
                 cached = filled_keys(attention_mask, past_key_values, self.layer_idx, *cached)
             out = self.attend(query, *cached, additive_or_boolean(attention_mask, cached[0].shape[2]))
+        if is_prompt and is_told:
+            self._remember(cache, key, padding, memo)
         return self.o_proj(out.transpose(1, 2).flatten(2)), None
 
     def attend(
@@ -371,9 +274,88 @@ class DHSAttention(GQAttention):
         )  # fmt: skip
         if self.num_instruction == 0:
             return cast(torch.Tensor, out)
-        return torch.cat(
-            [cast(torch.Tensor, out), self.attend(query[:, :, sparse:], key, value, None)], dim=2
+        first = 0 if self.window is None else max(sparse - self.window + 1, 0)
+        # Lists of all keys: the kernel of lists divides long ones among programs, which so few queries need.
+        everything = torch.arange(first, query.shape[2], dtype=torch.int32, device=query.device)
+        instruction = gathered_attention(
+            query[:, :, sparse:], key, value, everything.expand(query.shape[0], 1, 1, -1),
+            block_size=self.num_instruction, window=self.window, scale=self.scale, softcap=self.softcap,
+        )  # fmt: skip
+        # Heads of a token side by side, as the output projection reads them.
+        parts = [cast(torch.Tensor, x).transpose(1, 2) for x in (out, instruction)]
+        return torch.cat(parts, dim=1).transpose(1, 2)
+
+    def _chunk_layer(self, past_key_values: Any) -> ChunkCacheLayer | None:
+        """Returns the layer of a cache that knows chunks; None where single tokens read everything."""
+        if not self.steps_sparsely:
+            return None
+        from undivided.layers._chunk_cache import chunk_layer
+
+        if self.mode != "chunks":
+            return chunk_layer(past_key_values, self.layer_idx, self.key_block, True)
+        size = self.chunk_size if self.boundaries == "fixed" else None
+        return chunk_layer(past_key_values, self.layer_idx, size, False)
+
+    @torch.no_grad()
+    def _remember(
+        self,
+        cache: ChunkCacheLayer | None,
+        key: torch.Tensor,
+        padding: torch.Tensor | None,
+        memo: dict[Any, torch.Tensor],
+    ) -> None:
+        """Tells a cache the chunks of a prompt, and the memo those that other layers will ask for."""
+        if self.mode != "chunks" or self.boundaries == "fixed":
+            if cache is not None:
+                cache.begin(padding, None)
+            return
+        length, told = key.shape[2], []
+        for row, start in [(None, 0)] if padding is None else enumerate(padding.tolist()):
+            # The boundaries of long prompts have been found by now.
+            if not self._is_long(length - start) and (
+                cache is not None or self.boundary_predictor is not None
+            ):
+                batch = slice(None) if row is None else slice(row, row + 1)
+                self._boundaries(key[batch, :, start:], memo, row)
+            told.append(start + memo["boundaries", row])
+        if cache is not None:
+            most = max(bounds.shape[1] for bounds in told)
+            cache.begin(
+                padding,
+                torch.cat([F.pad(bounds, (0, most - bounds.shape[1]), value=length) for bounds in told]),
+            )
+
+    @torch.no_grad()
+    def _chosen(self, cache: ChunkCacheLayer, query: torch.Tensor, length: int) -> torch.Tensor:
+        """Returns which keys one more token reads, the last of `length`."""
+        if self.mode != "chunks":
+            sums, bounds = cache.chunks(length)
+            means = (
+                normalised(sums, bounds, "mean").unflatten(2, (self.num_key_value_heads, -1)).transpose(1, 2)
+            )
+            return tokens_of_blocks(
+                query, means, bounds, self.mode, self.density, self.key_block, self.variant
+            )
+        # The growing chunk is that of the tokens before.
+        sums, bounds = cache.chunks(length if self.boundaries == "fixed" else length - 1)
+        scores = query.mean(dim=1, dtype=sums.dtype) @ normalised(sums, bounds, self.norm).mT
+        here = torch.full_like(bounds[:, :1], length - 1)
+        low = torch.zeros_like(here) if cache.padding is None else cache.padding[:, None]
+        return choose_tokens(
+            scores, bounds, here, here + 1, low, self.budget, self.num_local, self.num_global
         )
+
+    def _step(
+        self, cache: ChunkCacheLayer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+        memo: dict[Any, torch.Tensor],
+    ) -> torch.Tensor:  # fmt: skip
+        """Returns the output of one more token."""
+        if self.share != "selection" or self.mode != "chunks" or "step" not in memo:
+            memo["step"] = self._chosen(cache, query, key.shape[2])
+        out = gathered_attention(
+            query, key, value, memo["step"], block_size=1, scale=self.scale, softcap=self.softcap
+        )
+        return cast(torch.Tensor, out)
 
     @torch.no_grad()
     def _selected(
@@ -393,12 +375,15 @@ class DHSAttention(GQAttention):
         length = key.shape[2]
         if self.boundaries == "fixed":
             return fixed_boundaries(length, self.chunk_size, device=key.device)
-        if self.boundary_predictor is not None:
+        predictor = self.boundary_predictor
+        if predictor is not None and length < 2 * predictor.window:
+            memo["boundaries", row] = torch.tensor([0, length], device=key.device).expand(key.shape[0], -1)
+        elif predictor is not None:
             memo["boundaries", row] = decode_boundaries(
-                self.boundary_predictor(key), self.threshold,
+                predictor(key), self.threshold,
                 max_chunks=max(length // self.query_block * self.chunks_per_block, 1), nms=self.nms,
-                forced=(length - self.num_instruction,) if self.num_instruction else (),
-                window=self.boundary_predictor.window,
+                forced=(length - self.num_instruction,) if 0 < self.num_instruction < length else (),
+                window=predictor.window,
             )  # fmt: skip
         if ("boundaries", row) not in memo:
             raise ValueError(
@@ -461,18 +446,3 @@ class DHSAttention(GQAttention):
                 )
                 mask = mask & pairs[:, :, :length, :length]
         return {"query": query, "key": key, "value": value, "selected": mask}
-
-
-def block_lists(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the chosen blocks of each row, ascending and -1 behind the last, and how many they are, int32.
-
-    Args:
-        chosen: boolean `[batch, heads, rows, blocks]`.
-    """
-    counts = chosen.sum(dim=-1, dtype=torch.int32)
-    width = max(int(counts.max()), 1)
-    # What is not chosen goes to a column that is cut off.
-    slot = torch.where(chosen, chosen.cumsum(dim=-1, dtype=torch.int32) - 1, width).long()
-    index = torch.full((*chosen.shape[:3], width + 1), -1, dtype=torch.int32, device=chosen.device)
-    column = torch.arange(chosen.shape[3], dtype=torch.int32, device=chosen.device).expand_as(chosen)
-    return index.scatter_(-1, slot, column)[..., :width].contiguous(), counts

@@ -27,6 +27,7 @@ from undivided.ops.core_context.triton import (
     constants,
     load_groups,
     member_weights,
+    place,
     pool_tile,
     sizes,
     spans,
@@ -67,9 +68,9 @@ def _query_kernel(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0) % heads
-    batch = (tl.program_id(0) // heads).to(tl.int64)
-    first_row = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
+    tiles = tl.cdiv(num_queries, BLOCK_M)
+    batch, head, tile = place(tiles, heads)
+    first_row = (tiles - 1 - tile) * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
     query += batch * query_stride_b + head * query_stride_h
     dout += batch * dout_stride_b + head * dout_stride_h
@@ -110,10 +111,9 @@ def _key_kernel(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CORE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    key_head = tl.program_id(0) % key_heads
-    batch = (tl.program_id(0) // key_heads).to(tl.int64)
     # The first core tokens are seen by the most queries, so they go first.
-    first_key = tl.program_id(1) * BLOCK_N
+    batch, key_head, tile = place(tl.cdiv(num_keys, BLOCK_N), key_heads)
+    first_key = tile * BLOCK_N
     key += batch * key_stride_b + key_head * key_stride_h
     value += batch * value_stride_b + key_head * value_stride_h
     k = load_tile(key, first_key, key_stride_m, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D, True)
@@ -211,7 +211,7 @@ def backward(
     counts = sizes(query, key, core_key, num_tokens, group_size, window)
     scales = (scale, scale * LOG2E)
     bias = core_logit_bias * LOG2E
-    _query_kernel[batch * heads, triton.cdiv(num_queries, tiling.rows)](
+    _query_kernel[(batch * heads * triton.cdiv(num_queries, tiling.rows),)](
         query, key, value, core_key, core_value, dout, lse, delta, dquery, *scales, bias, *counts,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *core_key.stride()[:3],
         *core_value.stride()[:3], *dout.stride()[:3],
@@ -228,7 +228,7 @@ def backward(
     ):
         if keys.numel() == 0:
             continue
-        _key_kernel[batch * keys.shape[1], triton.cdiv(keys.shape[2], tiling.keys)](
+        _key_kernel[(batch * keys.shape[1] * triton.cdiv(keys.shape[2], tiling.keys),)](
             query, keys, values, dout, lse, delta, dkeys, dvalues, *scales, bias if is_core else 0.0,
             num_queries, keys.shape[2], before_queries, before_keys, group_size, window, heads, keys.shape[1],
             *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *dout.stride()[:3],

@@ -58,6 +58,16 @@ def _add_seen(
 
 
 @triton.jit
+def place(tiles, heads):
+    """The batch, the head and the tile of a program: one head after the other.
+
+    All heads at once would read the core tokens of all, which at 64K tokens do not stay in the L2 cache together.
+    """
+    pair = tl.program_id(0) // tiles
+    return (pair // heads).to(tl.int64), pair % heads, tl.program_id(0) % tiles
+
+
+@triton.jit
 def spans(
     first_row, before_queries, before_keys, num_queries, group_size, window, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -109,10 +119,10 @@ def _forward_kernel(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0) % heads
-    batch = (tl.program_id(0) // heads).to(tl.int64)
+    tiles = tl.cdiv(num_queries, BLOCK_M)
+    batch, head, tile = place(tiles, heads)
     # The longest rows first: what runs last is short.
-    first_row = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
+    first_row = (tiles - 1 - tile) * BLOCK_M
     query += batch * query_stride_b + head * query_stride_h
     key += batch * key_stride_b + (head // key_group) * key_stride_h
     value += batch * value_stride_b + (head // key_group) * value_stride_h
@@ -206,7 +216,7 @@ def forward(query, key, value, core_key, core_value, num_tokens, group_size, win
         block_width(head_dim), block_width(value_dim), query.element_size(), shared_memory(query.device)
     )
     if out.numel():
-        _forward_kernel[batch * heads, triton.cdiv(num_queries, tiling.rows)](
+        _forward_kernel[(batch * heads * triton.cdiv(num_queries, tiling.rows),)](
             query, key, value, core_key, core_value, out, lse,
             scale * LOG2E, core_logit_bias * LOG2E, *sizes(query, key, core_key, num_tokens, group_size, window),
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *core_key.stride()[:3],
@@ -296,7 +306,8 @@ def pool(query, key, value, group_size, scale):
         query.new_empty((batch, core_heads, num_groups, width)) for width in (head_dim, value_dim)
     )
     if core_key.numel():
-        tile = pool_tile(group_size, head_dim, value_dim, 8192)
+        # Measured on an H100 at head_dim 128, groups of 16: a group a program takes 0.51 ms, four 0.73.
+        tile = pool_tile(group_size, head_dim, value_dim, 2048)
         _pool_kernel[batch * core_heads, triton.cdiv(num_groups, tile["ROWS"])](
             query, key, value, core_key, core_value, scale, num_groups, group_size, core_heads,
             core_heads // key.shape[1], *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],

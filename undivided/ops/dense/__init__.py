@@ -109,7 +109,8 @@ def dense_attention(
         "key_head_map": key_head_map,
         "value_head_map": value_head_map,
         "attn_mask": attn_mask,
-        "is_causal": is_causal,
+        # One query sees every key, and kernels without a mask divide long caches among programs.
+        "is_causal": is_causal and (num_queries > 1 or (window is not None and window < num_keys)),
         # A window that reaches all keys forbids nothing, and would keep kernels that know no window away.
         "window": None if window is not None and window >= num_keys else window,
         "scale": head_dim**-0.5 if scale is None else scale,

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from undivided.ops._triton import availability, interprets
+from undivided.ops.merge import merge_attention
+
+# Places of a part of a list, and programs that keep a device busy.
+_PART, _PROGRAMS = 512, 256
 
 torch.library.define(
     "undivided::gathered_forward",
@@ -47,7 +52,37 @@ def reasons(
 
 
 def attend(query, key, value, indices, block_size, is_causal, window, scale, softcap, return_lse):
-    """A kernel in Triton: rows are loaded from where the list says."""
+    """A kernel in Triton: rows are loaded from where the list says.
+
+    Few queries would keep few multiprocessors busy: then parts of their lists are attended to apart, and merged.
+    """
+    heads, num_queries = query.shape[1:3]
+    # A program has at most 128 queries.
+    programs = max(query.shape[0] * heads * max(indices.shape[2], -(-num_queries // 128)), 1)
+    parts = min(-(-indices.shape[3] // _PART), _PROGRAMS // programs)
+    if parts <= 1:
+        return _attend(query, key, value, indices, block_size, is_causal, window, scale, softcap)
+    size = -(-indices.shape[3] // parts)
+    lists = F.pad(indices, (0, parts * size - indices.shape[3]), value=-1).unflatten(3, (parts, size))
+    # As if each part had heads of its own: [batch, heads * parts, blocks, size].
+    lists = lists.permute(0, 1, 3, 2, 4).expand(-1, heads, -1, -1, -1).flatten(1, 2)
+    out, lse = _attend(
+        query.repeat_interleave(parts, dim=1),
+        key,
+        value,
+        lists,
+        block_size,
+        is_causal,
+        window,
+        scale,
+        softcap,
+    )
+    return merge_attention(
+        out.unflatten(1, (heads, parts)).unbind(2), lse.unflatten(1, (heads, parts)).unbind(2)
+    )
+
+
+def _attend(query, key, value, indices, block_size, is_causal, window, scale, softcap):
     # What is behind the last listed place of any row is not read.
     listed = indices >= 0
     place = torch.arange(1, indices.shape[3] + 1, device=indices.device, dtype=torch.int32)

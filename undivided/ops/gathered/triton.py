@@ -57,9 +57,13 @@ def _forward_kernel(
     top = tl.full([BLOCK_M], -1.0e30, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     accumulator = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    place = tl.arange(0, BLOCK_N)
+    next_index = tl.load(indices + place, mask=place < count, other=-1)
     for start in tl.range(0, count, BLOCK_N):
-        place = start + tl.arange(0, BLOCK_N)
-        index = tl.load(indices + place, mask=place < count, other=-1)
+        # Read a turn ahead: keys can only be fetched during the turn before once it is known which.
+        index = next_index
+        place = start + BLOCK_N + tl.arange(0, BLOCK_N)
+        next_index = tl.load(indices + place, mask=place < count, other=-1)
         is_listed = index >= 0
         offset = tl.where(is_listed, index, 0)
         if WIDE:
@@ -107,8 +111,12 @@ def _forward_kernel(
     )
 
 
-# Rows are at most a block of queries.
-_FORWARD = (Tiling(128, 64, 8, 2), Tiling(64, 64, 4, 2), Tiling(64, 32, 4, 2), Tiling(32, 32, 4, 1))
+# Rows are at most a block of queries. Three blocks of keys in flight: with two, the next is fetched when this one is
+# done, and a program waits for memory at every turn.
+_FORWARD = (
+    Tiling(128, 64, 8, 3), Tiling(128, 32, 8, 3), Tiling(64, 64, 4, 3), Tiling(64, 32, 4, 2), Tiling(32, 32, 4, 1),
+    Tiling(16, 64, 4, 3), Tiling(16, 32, 4, 2),
+)  # fmt: skip
 _FORWARD_FLOAT32 = (Tiling(32, 32, 8, 1), Tiling(16, 16, 4, 1))
 
 
@@ -126,7 +134,7 @@ def forward(query, key, value, indices, counts, block_size, is_causal, window, s
     lists, numbers = (x.expand(-1, heads, *(-1 for _ in x.shape[2:])) for x in (indices, counts))
     rows_needed = max(16, triton.next_power_of_2(min(block_size, num_queries)))
     candidates = _FORWARD if query.element_size() == 2 else _FORWARD_FLOAT32
-    candidates = tuple(t for t in candidates if t.rows <= rows_needed) or (Tiling(16, 16, 4, 1),)
+    candidates = tuple(t for t in candidates if t.rows <= rows_needed)
     width = block_width(head_dim) + block_width(value_dim)
     tiling = first_fitting(
         candidates,

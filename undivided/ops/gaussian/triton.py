@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from undivided.ops._flash import LOG2E
+from undivided.ops.gaussian import split
 
 _LENGTH, _INNER, _WARPS = 64, 32, 4
 
@@ -137,10 +138,13 @@ def _inner(inner: int) -> int:
 
 def forward(x, precision, moment, eps):
     outer, heads, length, inner = x.shape
+    precision, moment = precision.float().contiguous(), moment.float().contiguous()
+    if split.is_long(length):
+        return split.forward(x, precision, moment, eps)
     out = torch.empty_like(x)
     saved = x.new_empty(4, outer, heads, inner, dtype=torch.float32)
     _forward_kernel[_grid(x)](
-        x, precision.float().contiguous(), moment.float().contiguous(), out, saved, length, inner, heads,
+        x, precision, moment, out, saved, length, inner, heads,
         outer * heads * inner, eps, LENGTH=_LENGTH, INNER=_inner(inner), LOG2=LOG2E, num_warps=_WARPS,
     )  # fmt: skip
     return out, saved
