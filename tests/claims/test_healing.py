@@ -36,7 +36,7 @@ def test_healing_reports_what_is_left_of_the_gap(tmp_path):
     source.model.eval()
     runs = transmla.Study(source, ids, [tiny_text(300, seed=1)], 200)
     model = runs.compressions(4, 2)(8)
-    rows = list(_healing.healed_mla(runs, model, "tiny", tokens=20_000, length=32))
+    rows = list(_healing.healed_mla(runs.source, model, runs.perplexity, "tiny", tokens=20_000, length=32))
     values = [row.ours for row in rows[:-1]]
     assert len(values) == 6 and values[-1] < values[0]
     left = rows[-1]

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from undivided.claims import _latent_decode, _latent_problem
-from undivided.claims._latent_decode import Pair, decode_rows, mla_bar, mla_rows, pair_rows
+from undivided.claims._latent_decode import (
+    Pair,
+    decode_rows,
+    mla_bar,
+    mla_rows,
+    narrow_rows,
+    pair_rows,
+    rank_rows,
+)
 from undivided.claims._latent_problem import Problem, flash_mla, gate, ours
 
 SMALL = Pair("small", Problem(8, 16), Problem(4, 32), 1.6)
@@ -82,11 +90,14 @@ def test_every_row_has_an_identity_of_its_own(monkeypatch, small):
     monkeypatch.setattr(_latent_decode, "MODELS", (SMALL,))
     monkeypatch.setattr(_latent_decode, "OTHERS", (other,))
     monkeypatch.setattr(_latent_decode, "EXTRA", (Problem(2, 32, 2, 64, 4),))
-    monkeypatch.setattr(_latent_decode, "FP8", (Problem(2, 32, 2, 64),))
+    monkeypatch.setattr(_latent_decode, "FP8", (Problem(2, 32, 2, 64), Problem(4, 32, 2, 64)))
     monkeypatch.setattr(_latent_decode, "time_rivals", fixed_times)
-    rows = list(decode_rows("cpu", False, torch.float32))
-    assert len({(row.what, row.shape) for row in rows}) == len(rows) == 4 * 2 + 2 * 3 + 3 + 2 + 2
-    assert len(list(decode_rows("cpu", True, torch.float32))) < len(rows)
+    rows = []
+    for part, count in ((decode_rows, 4 * 2 + 2), (rank_rows, 2 * 3 + 3), (narrow_rows, 2 * 2)):
+        found = list(part("cpu", False, torch.float32))
+        assert len(found) == count > len(list(part("cpu", True, torch.float32)))
+        rows += found
+    assert len({(row.what, row.shape) for row in rows}) == len(rows)
 
 
 def fixed_times(rivals, device, **options):

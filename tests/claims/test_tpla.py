@@ -57,6 +57,17 @@ def test_exact_prompts_are_scored_in_decoding() -> None:
     assert (against.ours, against.baseline) == (exact.ours, sliced.ours)
 
 
+def test_the_winning_logit_scale_is_named() -> None:
+    rows = list(tpla.scales([study()], "tiny"))
+    assert len({(row.what, row.shape) for row in rows}) == len(rows) == 3 * 5
+    for *each, against in (rows[:5], rows[5:10], rows[10:]):
+        default, *others = each
+        best = min(others, key=lambda row: row.ours)
+        assert against.what.startswith(default.what.removesuffix("MLA") + "the best other scale, ")
+        assert against.what.endswith(best.what.split("scale ")[1].removesuffix(", against MLA"))
+        assert (against.ours, against.baseline) == (default.ours, best.ours)
+
+
 def test_moments_are_collected_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from undivided.convert import tpla as convert
 

@@ -6,14 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import DynamicCache
 
 from tests.tiny import tiny_config, tiny_tokenizer
-from undivided.distributed import open_distributed
+from undivided.distributed import Collectives, LostPeerError, open_distributed
 from undivided.models.causal_lm import UndividedForCausalLM
 from undivided.models.configuration import UndividedConfig
 from undivided.models.evaluation import cache_bytes
@@ -139,3 +141,18 @@ def test_a_native_folder_is_refused_before_loading(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds a native llama model; convert it to mla or tpla first"):
         open_distributed(tmp_path)
+
+
+def test_sums_that_do_not_end_on_the_device_name_who_is_waited_for():
+    sums = object.__new__(Collectives)
+    sums.rank, sums.ranks, sums.timeout = 1, [0, 1], timedelta(seconds=0.05)
+    ended = iter([False, False, True])
+    sums._made = SimpleNamespace(query=lambda: next(ended))
+    sums.settle()
+    sums._made = SimpleNamespace(query=lambda: False)
+    text = "rank 1 waited for rank 0 to make the sums of a step; nothing came within 0.04 s"
+    with pytest.raises(LostPeerError, match=text):
+        sums.settle()
+    # Without a timeout of its own the process group's decides, and on the host nothing is under way.
+    sums.timeout = None
+    sums.settle()

@@ -48,6 +48,9 @@ class Block:
     def __getitem__(self, item):
         return Block(self.value[item], self.type.layout)
 
+    def __neg__(self):
+        return Block(-self.value, self.type.layout)
+
 
 def _binary(function, swapped=False):
     def method(self, other):
@@ -248,9 +251,7 @@ def _store(pointer, value, mask):
 
 
 def _allocate(dtype, shape, layout):
-    return (
-        Barriers(shape[0]) if dtype == torch.int64 else Shared(torch.full(shape, float("nan"), dtype=dtype))
-    )
+    return Barriers(shape[0]) if dtype == torch.int64 else Shared(torch.full(shape, float("nan")).to(dtype))
 
 
 def _either(of_blocks, of_numbers):
@@ -275,7 +276,7 @@ def _where(condition, a, b):
 def _language() -> types.ModuleType:
     gl = types.ModuleType("triton.experimental.gluon.language")
     gl.constexpr = lambda value: value
-    for name in ("float32", "int64"):
+    for name in ("float16", "float32", "int32", "int64"):
         setattr(gl, name, getattr(torch, name))
     for name in ("Blocked", "NVMMADistributed", "NVMMAShared", "SwizzledShared", "Slice", "DotOperand"):
         setattr(gl, f"{name}Layout", lambda *arguments: None)
@@ -294,6 +295,7 @@ def _language() -> types.ModuleType:
     gl.static_range = range
     gl.allocate_shared_memory = _allocate
     gl.barrier = lambda: None
+    gl.inline_asm_elementwise = lambda *arguments, **options: None
     gl.warp_specialize = _warp_specialize
     return gl
 

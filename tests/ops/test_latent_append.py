@@ -16,7 +16,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 def append_inputs(
     batch=2, tokens=1, latent_dim=32, rope_dim=8, positions=12, lengths=(3, 0), page_size=None, norm=True,
-    interleaved=True, counts=None, shards=None, fp8=False, dtype=torch.float32, device="cpu",
+    interleaved=True, counts=None, shards=None, fp8=False, heads=None, dtype=torch.float32, device="cpu",
 ):  # fmt: skip
     """Arguments of a backend of `append_latent`; the cache is NaN, so that what is written is what is finite."""
     width = latent_dim + rope_dim
@@ -48,12 +48,20 @@ def append_inputs(
         "counts": whole(counts),
         "shard_scale": torch.rand(shards, device=device) + 0.5 if shards else None,
         "latent_scale": poison_buffer(*shape, device=device) if fp8 else None,
+        "query_rope": queries(batch, heads, tokens, rope_dim).to(device, dtype) if heads else None,
     }
+
+
+def queries(batch, heads, tokens, rope_dim):
+    """A layer's view: heads and tokens exchanged, behind the part without positions."""
+    whole = torch.randn(batch, tokens, heads, 5 + rope_dim, dtype=torch.float64)
+    return whole.transpose(1, 2)[..., 5:]
 
 
 def appended(backend, x):
     """The cache after the call on a copy, in float32 or float64, with the scales of an fp8 cache applied."""
-    fresh = x | {name: x[name].clone() for name in ("cache", "latent_scale") if x[name] is not None}
+    changed = ("cache", "latent_scale", "query_rope")
+    fresh = x | {name: x[name].clone() for name in changed if x[name] is not None}
     backend(**fresh)
     if fresh["latent_scale"] is None:
         return fresh["cache"]
@@ -61,7 +69,7 @@ def appended(backend, x):
 
 
 def in_float64(x):
-    names = ("row", "cos", "sin", "norm_weight", "cache", "shard_scale")
+    names = ("row", "cos", "sin", "norm_weight", "cache", "shard_scale", "query_rope")
     wide = {name: x[name].double() for name in names if x[name] is not None}
     return x | wide | {"latent_scale": None}
 
@@ -128,6 +136,35 @@ def test_numbers_that_fp8_can_hold_are_kept_exactly(page_size, device):
     found, expected = (appended(backend, x) for backend in (kernels.append_triton, reference.append))
     assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
     assert torch.equal(expected[written(expected)].sort(0).values, x["row"].flatten(0, 1).sort(0).values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dict(heads=1),
+        dict(heads=20, tokens=3, counts=(0, 2)),
+        dict(heads=16, interleaved=False, rope_dim=24),
+        dict(heads=3, fp8=True, norm=False),
+        dict(heads=4, tokens=2, page_size=4, lengths=(10, 30)),
+    ],
+    ids=str,
+)
+def test_the_queries_of_all_tokens_are_rotated_in_place(shape, dtype, device):
+    x = append_inputs(**shape, dtype=dtype, device=device)
+    exact, eager, fast = in_float64(x | {"cache": x["cache"].float()}), dict(x), dict(x)
+    for backend, given in (
+        (reference.append, exact),
+        (reference.append, eager),
+        (kernels.append_triton, fast),
+    ):
+        whole = torch.zeros_like(given["query_rope"]).repeat(1, 1, 1, 2)
+        given["query_rope"] = whole[..., : given["query_rope"].shape[3]].copy_(given["query_rope"])
+        backend(**given)
+        assert not whole[..., given["query_rope"].shape[3] :].any()
+    wanted = apply_rotary(x["query_rope"].double(), exact["cos"], exact["sin"], x["interleaved"])
+    assert torch.allclose(exact["query_rope"], wanted, rtol=0, atol=1e-12)
+    assert_as_accurate(fast["query_rope"], eager["query_rope"], wanted, factor=2.0, name="query_rope")
 
 
 def test_is_what_the_layers_compose(device):
@@ -209,7 +246,7 @@ def test_no_history_is_kept_in_the_cache():
 
 
 def test_is_an_operator_that_says_what_it_changes(device):
-    x = append_inputs(tokens=2, page_size=4, device=device)
+    x = append_inputs(tokens=2, page_size=4, heads=3, device=device)
     x["cache"].nan_to_num_(0.0)
     torch.library.opcheck(
         torch.ops.undivided.latent_append.default,
@@ -219,7 +256,7 @@ def test_is_an_operator_that_says_what_it_changes(device):
 
 
 def test_compiles_as_one_graph(device):
-    x = append_inputs(tokens=2, page_size=4, counts=(2, 1), device=device)
+    x = append_inputs(tokens=2, page_size=4, counts=(2, 1), heads=3, device=device)
     compiled = torch.compile(public, backend="aot_eager", fullgraph=True)
     found = appended(lambda **x: compiled(x, backend="triton"), x)
     assert torch.equal(found.nan_to_num(7.0), appended(kernels.append_triton, x).nan_to_num(7.0))
@@ -248,6 +285,25 @@ def test_compiles_as_one_graph(device):
             dict(cache=torch.ones(2, 12, 40, dtype=torch.float16)),
             "cache has dtype torch.float16; beside rows of",
         ),
+        (
+            dict(query_rope=torch.ones(2, 3, 2, 8)),
+            r"query_rope has shape \[2, 3, 2, 8\]; it needs \[2, heads, 1, 8\]",
+        ),
+        (
+            dict(query_rope=torch.ones(2, 3, 1, 8, dtype=torch.float16)),
+            "query_rope has dtype torch.float16, but row has torch.float32",
+        ),
+        (
+            dict(
+                row=torch.ones(2, 1, 40),
+                cos=None,
+                sin=None,
+                norm_weight=None,
+                query_rope=torch.ones(2, 3, 1, 8),
+            ),
+            "query_rope is given, but cos and sin are None",
+        ),
+        (dict(query_rope=torch.ones(2, 3, 1, 8, requires_grad=True)), "query_rope needs a gradient"),
         (dict(row=torch.ones(2, 40)), r"row has shape \[2, 40\]; it needs 3 axes"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -298,9 +354,9 @@ compile_only(lambda name, kernel, options: (kernel.metadata.shared,))
 from undivided.ops.latent_append.triton import append
 
 whole = lambda *shape: torch.zeros(*shape, dtype=torch.int32)
-for latent_dim, pairs, page_size, shards, fp8, tokens, interleaved in (
-    (512, 32, 64, None, False, 1, True), (512, 32, 0, None, False, 2048, False), (512, 32, 64, 2, True, 1, True),
-    (255, 16, 16, 3, False, 1, True), (256, 0, 64, 1, True, 1, True),
+for latent_dim, pairs, page_size, shards, fp8, tokens, interleaved, heads in (
+    (512, 32, 64, None, False, 1, True, 128), (512, 32, 0, None, False, 2048, False, 0),
+    (512, 32, 64, 2, True, 1, True, 0), (255, 16, 16, 3, False, 1, True, 9), (256, 0, 64, 1, True, 1, True, 0),
 ):
     row = torch.empty(2, tokens, latent_dim + 2 * pairs, dtype=torch.bfloat16)
     table = torch.empty(2, tokens, pairs)
@@ -309,6 +365,7 @@ for latent_dim, pairs, page_size, shards, fp8, tokens, interleaved in (
         row, table if pairs else None, table if pairs else None, torch.empty(latent_dim, dtype=row.dtype), cache,
         whole(2), 1e-6, interleaved, whole(2, 4) if page_size else None, whole(2),
         torch.ones(shards) if shards else None, torch.empty(cache.shape[:2]) if fp8 else None,
+        torch.empty(2, heads, tokens, 2 * pairs, dtype=row.dtype) if heads else None,
     )
 """
 

@@ -13,7 +13,7 @@ from undivided.testing import poisoned_empty
 pytest.importorskip("triton")
 
 PACKAGE = "undivided.ops.latent_decode"
-PARTS = [f"{PACKAGE}.{name}" for name in ("_hopper", "hopper_shared", "hopper_separate")]
+PARTS = [f"{PACKAGE}.{name}" for name in ("_hopper", "hopper_fp8", "hopper_shared", "hopper_separate")]
 SHAPES = {
     "width 512": dict(heads=64, keys=200),
     "width 512, 72 rows": dict(batch=1, heads=72, keys=300),
@@ -74,8 +74,33 @@ def test_as_accurate_as_the_reference_and_reads_no_unused_row(shape, splits, att
         assert_decodes(attend, x)
 
 
-def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(attend, device):
+FP8_SHAPES = [name for name in SHAPES if name.split(",")[0] in ("width 512", "width 256")]
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-6])
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("shape", FP8_SHAPES)
+def test_an_fp8_cache_is_as_accurate_whatever_the_size_of_its_factors(shape, splits, factor, attend, device):
+    x = as_fp8(hopper_inputs(device, **SHAPES[shape]), factor) | {
+        "num_splits": splits,
+        "scale": 0.05 / factor,
+    }
+    # Weights of all sizes, not of the largest key alone.
+    assert_decodes(attend, x)
+
+
+def as_fp8(x, factor=1.0):
+    """The rows in float8 with factors of their own, NaN where nothing may be read."""
+    unread = x["latent"].isnan().any(-1).any(1)
+    scale = factor * (torch.rand(unread.shape, device=unread.device) + 0.5).masked_fill(unread, float("nan"))
+    stored = {name: x[name].to(torch.float8_e4m3fn) for name in ("latent", "rope_key") if x[name] is not None}
+    return x | stored | {"latent_scale": scale}
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(fp8, attend, device):
     x = hopper_inputs(device, batch=3, heads=8, keys=300, lengths=[300, 64, 129]) | {"num_splits": 2}
+    x = as_fp8(x) if fp8 else x
     out, lse = attend(**x)
     for b in range(3):
         alone = {k: v[b : b + 1] if isinstance(v, torch.Tensor) else v for k, v in x.items()}
@@ -87,11 +112,13 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(attend, device):
 @pytest.mark.parametrize("latent_dim", [512, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("heads", [16, 64, 128])
-def test_long_caches(latent_dim, dtype, heads, attend, device):
+@pytest.mark.parametrize("fp8", [False, True])
+def test_long_caches(fp8, latent_dim, dtype, heads, attend, device):
     shape = dict(
         batch=3, heads=heads, keys=8192, lengths=[8192, 5000, 1], page_size=64, latent_dim=latent_dim
     )
     x = hopper_inputs(device, **shape, dtype=dtype)
+    x = as_fp8(x) if fp8 else x
     first = assert_decodes(attend, x)
     for _ in range(20):
         again = attend(**x)
@@ -124,26 +151,30 @@ def report(name, kernel, options):
 compile_only(report)
 from undivided.ops.latent_decode import gluon as decode
 
-for heads, latent_dim, rope_dim, page_size, queries, num_splits in (
-    (64, 512, 64, 0, 1, 8), (128, 512, 64, 64, 2, 1), (16, 512, 0, 128, 1, 8), (64, 256, 64, 64, 1, 8),
-    (16, 128, 0, 0, 1, 8), (128, 256, 64, 64, 1, 1), (100, 128, 64, 0, 2, 8), (8, 64, 64, 64, 1, 8),
+whole, narrow = torch.bfloat16, torch.float8_e4m3fn
+for heads, latent_dim, rope_dim, page_size, queries, num_splits, dtype in (
+    (64, 512, 64, 0, 1, 8, whole), (128, 512, 64, 64, 2, 1, whole), (16, 512, 0, 128, 1, 8, whole),
+    (64, 256, 64, 64, 1, 8, whole), (16, 128, 0, 0, 1, 8, whole), (128, 256, 64, 64, 1, 1, whole),
+    (100, 128, 64, 0, 2, 8, whole), (8, 64, 64, 64, 1, 8, whole), (64, 512, 64, 64, 1, 8, narrow),
+    (128, 256, 64, 0, 2, 1, narrow),
 ):
     query = torch.empty(2, heads, queries, latent_dim + rope_dim, dtype=torch.bfloat16)
     shape = (256 // page_size, 1, page_size) if page_size else (2, 1, 128)
-    cache = torch.empty(*shape, latent_dim + rope_dim, dtype=torch.bfloat16)
+    cache = torch.empty(*shape, latent_dim + rope_dim, dtype=dtype)
     decode.latent_attention_forward(
         query[..., :latent_dim], query[..., latent_dim:] if rope_dim else None,
         cache[..., :latent_dim], cache[..., latent_dim:] if rope_dim else None, 0.1,
         torch.empty(2, dtype=torch.int32),
         torch.empty(2, 128 // page_size, dtype=torch.int32) if page_size else None,
-        None, None, True, num_splits,
+        torch.empty(shape[0], shape[2]) if dtype == narrow else None, None, True, num_splits,
     )
+decode.merge_splits(torch.empty(4, 8, 256), torch.empty(4, 8), torch.empty(8, 256), torch.empty(8), overlaps=True)
 """
 
 
 def test_every_kernel_compiles_for_hopper_without_spills_or_serialized_products(run_python):
     lines = [line.split() for line in run_python(COMPILE).stdout.splitlines()]
-    assert {name for name, *_ in lines} == {"shared_kernel", "separate_kernel", "_merge_kernel"}
+    assert {name for name, *_ in lines} == {"shared_kernel", "separate_kernel", "fp8_kernel", "_merge_kernel"}
     for line in lines:
         _, shared, serialized, no_spills = line
         assert (int(shared) <= 227 * 1024, serialized, no_spills) == (True, "False", "True"), line

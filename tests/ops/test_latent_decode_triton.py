@@ -143,6 +143,11 @@ def test_gluon_says_what_it_cannot_run(monkeypatch):
         "page_size is 48 (needs a multiple of 64)",
     ):
         assert reason in reasons
+    scaled = kernels.gluon_reasons(
+        **(x | {"latent_scale": torch.ones(2, 48, 2, dtype=torch.float64)[..., 0]})
+    )
+    assert "latent_dim is 96 (an fp8 cache needs 256 or 512)" in scaled
+    assert "latent_scale is float64 with stride 2 (needs float32, 1)" in scaled
     rows = torch.randn(2, 1, 48, 69, dtype=torch.float16)
     assert any(
         "the copy engine needs" in r for r in kernels.gluon_reasons(**(x | {"latent": rows[..., :64]}))

@@ -7,6 +7,7 @@ little about models of useful size. All arms of a seed see the same bytes in the
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 
 from undivided.claims._tiny_lm import as_bytes, bits_per_byte, next_byte_loss, tiny_lm, train
 from undivided.models.bases import attention_layers
+from undivided.models.masks import without_masks
 from undivided.training.losses import distillation_loss, feature_loss
 from undivided.training.trainers import recorded_calls
 
@@ -74,14 +76,14 @@ class ConversionStudy:
         texts = demo_texts()
         self.scale, self.seed, self.device = scale, seed, device
         self.text, self.heldout = texts.calibration, texts.heldout[_HELD_OUT]
-        self.source = tiny_lm(None, seed, **scale.sizes).to(device)
-        self._train(
-            self.source,
-            scale.source_steps if source_steps is None else source_steps,
-            scale.learning_rate,
-            None,
-        )
-        self.source.eval().requires_grad_(False)
+        self.source_steps = scale.source_steps if source_steps is None else source_steps
+        self.source = self.trained(scale.learning_rate, scale.sizes)
+
+    def trained(self, rate: float, sizes: dict[str, int]) -> nn.Module:
+        """Returns a frozen model of other sizes, trained as long as the source, on the same bytes."""
+        model = tiny_lm(None, self.seed, **sizes).to(self.device)
+        self._train(model, self.source_steps, rate, None)
+        return model.eval().requires_grad_(False)
 
     def convert(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> nn.Module:
         """Converts a copy of the source, so that training changes nothing that it shares."""
@@ -93,12 +95,17 @@ class ConversionStudy:
         starts = torch.linspace(0, len(data) - length, samples).long()[:, None]
         return data[starts + torch.arange(length)].to(self.device)
 
-    def teach(self, model: nn.Module, steps: int, *, layers: int = 0) -> nn.Module:
-        """Teaches a model the source's next-byte distribution, the first `layers` steps layer by layer."""
-        if layers:
-            self._train(model, layers, self.scale.learning_rate, self._layer_loss)
-        if steps > layers:
-            self._train(model, steps - layers, self.scale.learning_rate / 3, self._divergence)
+    def teach(
+        self, model: nn.Module, steps: int, *, layers: int = 0, teacher: nn.Module | None = None
+    ) -> nn.Module:
+        """Teaches a model a teacher's next bytes, by default the source's, the first `layers` steps layer by layer."""
+        teacher = self.source if teacher is None else teacher
+        with without_masks(teacher):
+            if layers:
+                self._train(model, layers, self.scale.learning_rate, self._layer_loss)
+            if steps > layers:
+                loss = functools.partial(_divergence, teacher)
+                self._train(model, steps - layers, self.scale.learning_rate / 3, loss)
         return model.eval()
 
     def tune(self, model: nn.Module, steps: int) -> nn.Module:
@@ -118,7 +125,7 @@ class ConversionStudy:
         windows = data[: len(data) // length * length].view(-1, length).to(self.device)
         model.eval()
         return torch.stack(
-            [self._divergence(model, ids) * len(ids) for ids in windows.split(32)]
+            [_divergence(self.source, model, ids) * len(ids) for ids in windows.split(32)]
         ).sum().item() / len(windows)
 
     def _train(self, model: nn.Module, steps: int, rate: float, loss: Any) -> None:
@@ -129,11 +136,6 @@ class ConversionStudy:
             learning_rate=rate, seed=self.seed, loss=loss or next_byte_loss,
         )  # fmt: skip
 
-    def _divergence(self, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            taught = self.source(input_ids=ids, use_cache=False).logits
-        return distillation_loss(model(input_ids=ids, use_cache=False).logits, taught)
-
     def _layer_loss(self, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad(), recorded_calls(attention_layers(self.source)) as calls:
             self.source(input_ids=ids, use_cache=False)
@@ -142,3 +144,9 @@ class ConversionStudy:
             for layer, (call, expected) in zip(attention_layers(model), calls, strict=True)
         ]
         return torch.stack(errors).mean()
+
+
+def _divergence(teacher: nn.Module, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        taught = teacher(input_ids=ids, use_cache=False).logits
+    return distillation_loss(model(input_ids=ids, use_cache=False).logits, taught)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -18,10 +18,8 @@ from undivided.claims._harness import Row, measured
 from undivided.claims._latent_study import Study, demo_study
 from undivided.data import demo_texts
 from undivided.data.text import token_blocks
+from undivided.models.checkpoint import Checkpoint, open_checkpoint
 from undivided.training import Recipe, heal
-
-if TYPE_CHECKING:
-    from undivided.claims import transmla
 
 _LENGTH = 1024
 # The share of the loss that healing has to give back, as the ratio of the gap before to the gap after.
@@ -29,21 +27,34 @@ _GAP_RATIO = 10.0
 
 
 def healed_mla(
-    study: transmla.Study, model: Any, shape: str, tokens: int, length: int = _LENGTH
+    source: Checkpoint,
+    model: Any,
+    perplexity: Callable[[Any], float],
+    shape: str,
+    tokens: int,
+    length: int = _LENGTH,
 ) -> Iterator[Row]:
     """Trains a converted model on its source's distribution and yields perplexities over the tokens.
 
     Args:
-        study: the source, its texts, and what measures a perplexity.
+        source: the checkpoint that was converted.
         model: the converted model; it is trained in place.
+        perplexity: of a model.
         shape: of the rows.
         tokens: to train on.
         length: of a sequence.
     """
-    original = study.perplexity(study.source.model)
-    sequences = training_sequences(study.source.tokenizer, length)
-    recipe = Recipe(tokens=tokens, learning_rate=2e-4, bf16=on_cuda(model), evaluations=5, checkpoints=0)
-    found = _heal(model, study.source.model, sequences, recipe, study.perplexity)
+    original = perplexity(source.model)
+    sequences = training_sequences(source.tokenizer, length)
+    recipe = Recipe(
+        tokens=tokens,
+        learning_rate=2e-4,
+        bf16=on_cuda(model),
+        compile=on_cuda(model),
+        evaluations=5,
+        checkpoints=0,
+    )
+    found = _heal(model, source.model, sequences, recipe, perplexity)
     for seen, value in found:
         yield _row(f"MLA after {seen:,} tokens of distillation", shape, value, "the original", original)
     before, after = found[0][1] - original, max(found[-1][1] - original, 1e-3)
@@ -84,12 +95,13 @@ def aligned(study: Study, shape: str, tokens: tuple[int, int], batch_size: int =
 
 def healed_study(device: str, quick: bool, tokens: int) -> Study:
     """SmolLM2-135M-Instruct as MLA with normalised latents, healed, so that the norm can be cut too."""
-    from undivided.models.checkpoint import open_checkpoint
-
     study = demo_study(device, quick, latent_norm=True)
     source = open_checkpoint("smollm2-135m", device=device)
     sequences = training_sequences(study.tokenizer, study.block)
-    recipe = Recipe(tokens=tokens, learning_rate=2e-4, bf16=device == "cuda", evaluations=1, checkpoints=0)
+    compiled = device == "cuda"
+    recipe = Recipe(
+        tokens=tokens, learning_rate=2e-4, bf16=compiled, compile=compiled, evaluations=1, checkpoints=0
+    )
     _heal(study.model, source.model, sequences, recipe, study.perplexity)
     return study
 

@@ -57,7 +57,9 @@ OTHERS = (
 )
 # Four tokens of each sequence at once, as speculative decoding verifies them.
 EXTRA = (Problem(16, 512, 32, KEYS, 4), Problem(64, 512, 32, KEYS, 4))
-FP8 = (Problem(16, 512, 32, KEYS), Problem(64, 512, 32, KEYS), Problem(16, 256, 32, KEYS))
+FP8 = tuple(
+    Problem(heads, dim, 32, KEYS) for heads, dim in ((64, 512), (64, 256), (128, 256), (16, 512), (16, 256))
+)
 # Batch sizes and cached keys; the quick run takes the first.
 PAIR_POINTS = ((32, KEYS), (64, KEYS), (32, 1024), (32, 4096), (32, 16384), (32, 65536))
 MLA_HEADS, MLA_BATCHES = (16, 32, 64, 128), (1, 8, 32, 64)
@@ -71,24 +73,32 @@ def mla_bar(heads: int, batch: int) -> float:
 
 
 def decode_rows(device: str, quick: bool, dtype: torch.dtype = torch.bfloat16) -> Iterator[Row]:
-    """Yields all rows of decoding.
+    """Yields MLA's decoding at all head counts and batches, and that of several queries.
 
     Args:
         device: `"cpu"` or `"cuda"`.
-        quick: the first shapes of each kind.
+        quick: the first shapes of each kind; so below.
         dtype: of queries and caches.
     """
     for batch in MLA_BATCHES[-1:] if quick else MLA_BATCHES:
         for heads in MLA_HEADS[2:3] if quick else MLA_HEADS:
             yield from mla_rows(Problem(heads, 512, batch, KEYS), device, dtype, mla_bar(heads, batch))
+    for problem in () if quick else EXTRA:
+        yield from mla_rows(problem, device, dtype, None)
+
+
+def rank_rows(device: str, quick: bool, dtype: torch.dtype = torch.bfloat16) -> Iterator[Row]:
+    """Yields the ranks whose latent is cut beside MLA's."""
     for pair in MODELS:
         for batch, keys in PAIR_POINTS[:1] if quick else PAIR_POINTS:
             yield from pair_rows(pair, batch, keys, device, dtype)
     for pair in () if quick else OTHERS:
         yield from pair_rows(pair, 32, KEYS, device, dtype)
-    for problem in () if quick else EXTRA:
-        yield from mla_rows(problem, device, dtype, None)
-    for problem in () if quick else FP8:
+
+
+def narrow_rows(device: str, quick: bool, dtype: torch.dtype = torch.bfloat16) -> Iterator[Row]:
+    """Yields decoding over an fp8 cache beside that over a whole one."""
+    for problem in FP8[:1] if quick else FP8:
         yield from fp8_rows(problem, device, dtype)
 
 
@@ -128,13 +138,18 @@ def pair_rows(pair: Pair, batch: int, keys: int, device: str, dtype: torch.dtype
 def fp8_rows(problem: Problem, device: str, dtype: torch.dtype) -> Iterator[Row]:
     """Yields the same rank over a cache of half the bytes, beside the kernel over the whole ones."""
     inputs = problem.inputs(device, dtype, fp8=True)
-    attend = ours(inputs)
-    gate(inputs, attend, f"fp8, {_shape(problem, dtype)}")
+    narrow = {"fp8": ours(inputs)}
+    if device == "cuda":
+        narrow["fp8, Triton"] = ours(inputs, "triton")
+    for each, attend in narrow.items():
+        gate(inputs, attend, f"{each}, {_shape(problem, dtype)}")
     wide = problem.inputs(device, dtype)
     name = f"our kernel, {_name(dtype)} cache"
-    times = _times({name: ours(wide)}, wide, problem, device, {"fp8": attend}, with_flash=False)
+    times = _times({name: ours(wide)}, wide, problem, device, narrow, with_flash=False)
     what = "decode attention, fp8 cache with a scale a row"
     yield _row(what, problem, dtype, times["fp8"], times, None, against=name)
+    if "fp8, Triton" in times:
+        yield _row(f"{what}, Triton kernel", problem, dtype, times["fp8, Triton"], times, None, against=name)
     yield _rate(what, problem, dtype, times["fp8"], device, itemsize=1)
 
 

@@ -175,6 +175,8 @@ def train(
     Returns:
         The loss of every step, in nats.
     """
+    from undivided.models.masks import without_masks
+
     device = next(model.parameters()).device
     data = (as_bytes(text) if isinstance(text, str) else text).to(device)
     generator = torch.Generator().manual_seed(seed)
@@ -198,30 +200,38 @@ def train(
         optimiser.step()
         return value.detach()
 
-    step = _Graphed(update) if on_gpu else update
+    step = Graphed(update) if on_gpu else update
     losses = []
-    for _ in range(steps):
-        starts = torch.randint(len(data) - length, (batch_size, 1), generator=generator)
-        losses.append(step(data[(starts + torch.arange(length)).to(device)]).clone())
-        schedule.step()
+    with without_masks(model):
+        for _ in range(steps):
+            starts = torch.randint(len(data) - length, (batch_size, 1), generator=generator)
+            losses.append(step(data[(starts + torch.arange(length)).to(device)]).clone())
+            schedule.step()
     return torch.stack(losses).tolist()
 
 
-class _Graphed:
+class Graphed:
     """A step of training whose kernels are launched as one CUDA graph, captured after a few ordinary steps.
 
     The models are so small that a GPU would spend nearly all of its time waiting for their launches.
+
+    Args:
+        step: what is captured; what it returns is overwritten by the next call.
+        beside: another one that never runs at the same time; both have one stream, and with it one memory.
     """
 
     ORDINARY_STEPS = 3
+    pool: Any
+    stream: Any
 
-    def __init__(self, step: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, step: Callable[[torch.Tensor], Any], beside: Graphed | None = None) -> None:
         self.step = step
         self.calls = 0
-        self.stream = torch.cuda.Stream()
+        self.pool = torch.cuda.graph_pool_handle() if beside is None else beside.pool
+        self.stream = torch.cuda.Stream() if beside is None else beside.stream
         self.graph = torch.cuda.CUDAGraph()
 
-    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+    def __call__(self, ids: torch.Tensor) -> Any:
         self.calls += 1
         if self.calls <= self.ORDINARY_STEPS:
             self.stream.wait_stream(torch.cuda.current_stream())
@@ -231,7 +241,7 @@ class _Graphed:
             return value
         if self.calls == self.ORDINARY_STEPS + 1:
             self.ids = ids.clone()
-            with torch.cuda.graph(self.graph, stream=self.stream):
+            with torch.cuda.graph(self.graph, pool=self.pool, stream=self.stream):
                 self.value = self.step(self.ids)
         self.ids.copy_(ids)
         self.graph.replay()

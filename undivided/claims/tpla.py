@@ -20,6 +20,7 @@ from undivided.claims._latent_study import Study, demo_study, small_study
 
 TRANSFORMS = ("none", "hadamard", "pca")
 _BASELINE = "MLA"
+_SCRATCH = "4-layer MLA trained from scratch, latent 128"
 
 
 def gate(device: str) -> None:
@@ -49,59 +50,101 @@ def gate(device: str) -> None:
 
 
 def _decode(device: str, quick: bool) -> Iterator[Row]:
-    """Yields the decode attention of a rank, on a GPU."""
+    """Yields MLA's decode attention, on a GPU."""
     if device == "cuda":
         from undivided.claims._latent_decode import decode_rows
 
         yield from decode_rows(device, quick)
 
 
-def _stacks(device: str, quick: bool) -> Iterator[Row]:
-    """Yields throughput and prompt times of whole stacks of attention layers, on a GPU."""
+def _ranks(device: str, quick: bool) -> Iterator[Row]:
+    """Yields the decode attention of a rank of TPLA beside MLA's, on a GPU."""
     if device == "cuda":
-        from undivided.claims._end_to_end import stack_rows
+        from undivided.claims._latent_decode import rank_rows
 
-        yield from stack_rows(quick)
+        yield from rank_rows(device, quick)
+
+
+def _fp8(device: str, quick: bool) -> Iterator[Row]:
+    """Yields decode attention over a cache of half the bytes, on a GPU."""
+    if device == "cuda":
+        from undivided.claims._latent_decode import narrow_rows
+
+        yield from narrow_rows(device, quick)
+
+
+def _deepseek(device: str, quick: bool) -> Iterator[Row]:
+    """Yields throughput and prompt times of DeepSeek-V3's stack of attention layers, on a GPU."""
+    if device == "cuda":
+        from undivided.claims._end_to_end import DEEPSEEK, stack_rows
+
+        yield from stack_rows(DEEPSEEK)
+
+
+def _kimi(device: str, quick: bool) -> Iterator[Row]:
+    """Yields throughput and prompt times of Kimi-K2's stack of attention layers, on a GPU."""
+    if device == "cuda" and not quick:
+        from undivided.claims._end_to_end import KIMI, stack_rows
+
+        yield from stack_rows(KIMI)
+
+
+def _prefill(device: str, quick: bool) -> Iterator[Row]:
+    """Yields the attention of a rank that reads prompts, on a GPU."""
+    if device == "cuda":
+        from undivided.claims._latent_prefill import prefill_rows
+
+        yield from prefill_rows(device, quick)
 
 
 def _scratch(device: str, quick: bool) -> tuple[list[Study], str]:
     seeds = (0,) if quick else (0, 1, 2)
-    shape = f"4-layer MLA trained from scratch, latent 128, {len(seeds)} seeds, 2 shards"
+    shape = f"{_SCRATCH}, {len(seeds)} seeds, 2 shards"
     return [small_study(seed, device, quick) for seed in seeds], shape
 
 
 def _perplexity(device: str, quick: bool) -> Iterator[Row]:
-    """Yields the ablation and separated prefill on both models, without training."""
+    """Yields the ablation and separated prefill on the model trained from scratch."""
     studies, shape = _scratch(device, quick)
     yield from ablation(studies, shape, normalised=True, groups=2)
     yield from separated(studies, shape, prompt=256, lengths=(64, 256))
-    yield from scales(studies, shape)
 
+
+def _converted(device: str, quick: bool) -> Iterator[Row]:
+    """Yields the ablation, separated prefill and the factors of the logits on SmolLM2-135M as MLA."""
     study = demo_study(device, quick)
     shape = "SmolLM2-135M as MLA, latent 256, 2 shards"
-    yield from scales([study], shape)
     yield from ablation([study], shape, normalised=False, groups=None)
+    yield from scales([study], shape)
     yield from separated([study], shape, prompt=512, lengths=(64,) if quick else (64, 256))
     # Its nine heads cannot be cut into two groups.
     study = demo_study(device, quick, latent_dim=255)
     yield from grouped([study], "SmolLM2-135M as MLA, latent 255, 3 shards", groups=3)
 
 
-def _training(device: str, quick: bool) -> Iterator[Row]:
-    """Yields what takes minutes of training on a GPU: alignment, and the whole table on a healed model."""
+def _aligned(device: str, quick: bool) -> Iterator[Row]:
+    """Yields the factors of the logits and alignment on one seed of the model trained from scratch, on a GPU."""
+    if device == "cpu":
+        return
+    from undivided.claims._healing import aligned
+
+    study = small_study(0, device, quick)
+    tokens = 125_000 if quick else 500_000
+    yield from scales([study], f"{_SCRATCH}, one seed, 2 shards")
+    yield from aligned(study, f"{_SCRATCH}, one seed, 2 shards", (tokens, tokens))
+
+
+def _healed(device: str, quick: bool) -> Iterator[Row]:
+    """Yields the whole table and alignment on SmolLM2-135M as MLA with normalised latents, healed, on a GPU."""
     if device == "cpu":
         return
     from undivided.claims._healing import aligned, healed_study
 
-    tokens = 500_000 if quick else 2_000_000
-    studies, shape = _scratch(device, quick)
-    yield from aligned(
-        studies[0], shape.replace(f"{len(studies)} seeds", "one seed"), (tokens // 4, tokens // 4)
-    )
+    tokens = 250_000 if quick else 1_000_000
     study = healed_study(device, quick, tokens)
     shape = f"SmolLM2-135M as MLA with normalised latents of 256, healed on {tokens:,} tokens, 2 shards"
-    yield from scales([study], shape)
     yield from ablation([study], shape, normalised=True, groups=None)
+    yield from scales([study], shape)
     yield from separated([study], shape, prompt=512, lengths=(64,) if quick else (64, 256))
     yield from aligned(study, shape, (tokens // 4, tokens // 2))
 
@@ -157,14 +200,19 @@ def grouped(studies: Sequence[Study], shape: str, *, groups: int) -> Iterator[Ro
 
 
 def scales(studies: Sequence[Study], shape: str) -> Iterator[Row]:
-    """Yields the perplexities of the four factors of a shard's logits, for every transform, beside MLA's."""
+    """Yields the perplexities of the four factors of a shard's logits, for every transform, and which one wins."""
     from undivided.convert.tpla import LOGIT_SCALES
 
     mla = _over(studies, lambda study: study.perplexity(study.model))
     for transform in TRANSFORMS:
+        found = {}
         for scale in LOGIT_SCALES:
-            value = _over(studies, _converted_perplexity(transform, logit_scale=scale))
-            yield _row(f"perplexity, {transform}, logit scale {scale}", shape, value, _BASELINE, mla)
+            found[scale] = _over(studies, _converted_perplexity(transform, logit_scale=scale))
+            yield _row(f"perplexity, {transform}, logit scale {scale}", shape, found[scale], _BASELINE, mla)
+        default = found.pop("lstsq")
+        best = min(found, key=found.__getitem__)
+        what = f"perplexity, {transform}, logit scale lstsq"
+        yield _row(what, shape, default, f"the best other scale, {best}", found[best])
 
 
 def separated(studies: Sequence[Study], shape: str, *, prompt: int, lengths: Sequence[int]) -> Iterator[Row]:
@@ -210,9 +258,15 @@ def _over(studies: Sequence[Study], score: Callable[[Study], float]) -> float:
 
 _PARTS: dict[str, Measure] = {
     "decode": _decode,
-    "stacks": _stacks,
+    "ranks": _ranks,
+    "fp8": _fp8,
+    "prefill": _prefill,
+    "deepseek": _deepseek,
+    "kimi": _kimi,
     "perplexity": _perplexity,
-    "training": _training,
+    "converted": _converted,
+    "aligned": _aligned,
+    "healed": _healed,
 }
 CLAIM = Claim(
     slug="tpla",

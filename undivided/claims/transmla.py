@@ -157,7 +157,7 @@ def _healing(device: str, quick: bool) -> Iterator[Row]:
     runs, tokens = study(device, quick), 500_000 if quick else 4_000_000
     model = runs.compressions(_ROPE_DIM, _HEALED_FOLD)(_ABLATED - _ROPE_DIM)
     shape = f"{_ABLATED - _ROPE_DIM} + {_ROPE_DIM} of 384 cached numbers, fold {_HEALED_FOLD}"
-    yield from healed_mla(runs, model, f"{_where(runs)}; {shape}", tokens)
+    yield from healed_mla(runs.source, model, runs.perplexity, f"{_where(runs)}; {shape}", tokens)
 
 
 def _where(runs: Study) -> str:

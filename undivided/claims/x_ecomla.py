@@ -1,8 +1,8 @@
 """X-EcoMLA: initialisations of latent attention beside each other, and the speed of what comes of it.
 
-Quality comes from tiny byte models, three seeds: how fast each initialisation recovers by distillation from its source.
-Throughput has the shapes of Llama-3.1-8B with random weights, on a GPU, where latent and grouped-query attention each
-get the largest batch that fits.
+Quality comes from tiny byte models, three seeds, and on a GPU from SmolLM2-135M-Instruct: how fast each initialisation
+recovers by distillation from its source. Throughput has the shapes of Llama-3.1-8B with random weights, on a GPU, where
+latent and grouped-query attention each get the largest batch that fits.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from undivided.claims._conversion_study import ConversionStudy, Scale, scale_of
-from undivided.claims._harness import Claim, Measure, Row, all_of, measured
+from undivided.claims._conversion_study import ConversionStudy, scale_of
+from undivided.claims._harness import Claim, Figure, Measure, Row, all_of, measured
 from undivided.claims._tiny_lm import mean_and_deviation, tiny_lm
+from undivided.claims._upcycling import preference_rows, teacher_rows
 from undivided.convert.attention_editing import convert_edit_mla
 from undivided.convert.transmla import convert_transmla
 from undivided.convert.x_ecomla import convert_x_ecomla
@@ -85,22 +86,14 @@ def _arms(
 
 
 def quality(device: str, quick: bool) -> Iterator[Row]:
-    """Yields divergences from the source after distillation, for six initialisations; on a GPU at two cache sizes."""
+    """Yields divergences from the source after distillation, for six initialisations of a tiny model."""
     scale = scale_of(device, key_heads=2)
     steps, seeds = (40, _SEEDS[:1]) if quick else (_STEPS[device], _SEEDS)
     studies = [ConversionStudy(scale, seed, device, 60 if quick else None) for seed in seeds]
     cached = 2 * scale.sizes["num_key_value_heads"] * scale.sizes["head_dim"]
     rope = scale.sizes["head_dim"] // 2
-    # A CPU has time for the smaller cache alone.
-    shares = (4,) if device == "cpu" else (2, 4)
-    for latent in (cached // share - rope for share in shares):
-        where = f"{scale.where}, {latent + rope} of {cached} cached numbers, {len(seeds)} seeds"
-        yield from _at_one_size(studies, scale, latent, rope, steps, where)
-
-
-def _at_one_size(
-    studies: list[ConversionStudy], scale: Scale, latent: int, rope: int, steps: int, where: str
-) -> Iterator[Row]:
+    latent = cached // 4 - rope
+    where = f"{scale.where}, {latent + rope} of {cached} cached numbers, {len(seeds)} seeds"
     found: dict[tuple[str, int], tuple[float, float]] = {}
 
     def judged(name: str, count: int) -> tuple[float, float]:
@@ -151,7 +144,32 @@ def throughput(device: str, quick: bool) -> Iterator[Row]:
     )  # fmt: skip
 
 
-_PARTS: dict[str, Measure] = {"quality": quality, "throughput": throughput}
+def _table(latent_dim: int, long: bool) -> Measure:
+    """All initial values of SmolLM2-135M at one size of the cache, on a GPU; minutes, most of it the random one's."""
+
+    def part(device: str, quick: bool) -> Iterator[Row | Figure]:
+        if device == "cpu":
+            return
+        from undivided.claims._smollm_study import demo_study
+        from undivided.claims._smollm_table import COUNTS, LONG, Table
+
+        counts = (250_000, 500_000) if quick else COUNTS
+        table = Table(demo_study(device), latent_dim, counts=counts, long=LONG if long and not quick else ())
+        yield from table.rows()
+        yield from table.early_rows()
+        yield table.figure
+
+    return part
+
+
+_PARTS: dict[str, Measure] = {
+    "quality": quality,
+    "throughput": throughput,
+    "teachers": teacher_rows,
+    "preferences": preference_rows,
+    "table_128": _table(128, long=True),
+    "table_64": _table(64, long=False),
+}
 CLAIM = Claim(
     slug="x_ecomla",
     source="arXiv 2503.11132, abstract and tables 1 to 4",

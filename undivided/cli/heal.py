@@ -42,6 +42,9 @@ def command(
         float, typer.Option(help="Its highest rate.", rich_help_panel=_LAYERS)
     ] = 1e-4,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 (autocast).")] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile layers and loss first: a minute, for shorter steps.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the order of the text.")] = 0,
     evaluations: Annotated[int, typer.Option(help="Perplexities in between, a stage.")] = 4,
     evaluation_tokens: Annotated[int, typer.Option(help="Tokens of the evaluation text.")] = 16384,
@@ -59,8 +62,8 @@ def command(
     from undivided.training.pipeline import FIGURE, heal_checkpoint
 
     shared: dict[str, Any] = {
-        "batch_size": batch_size, "micro_batch_size": micro_batch_size, "bf16": bf16, "seed": seed,
-        "evaluations": evaluations,
+        "batch_size": batch_size, "micro_batch_size": micro_batch_size, "bf16": bf16, "compile": compile,
+        "seed": seed, "evaluations": evaluations,
     }  # fmt: skip
     recipes = [
         Recipe(

@@ -103,14 +103,17 @@ def convert_x_ecomla(
     host = host_sharing_weights(source)
     generator = torch.Generator().manual_seed(seed)
     ranks: dict[str, list[int]] = {"latent_dim": [], "query_latent_dim": []}
+    # New weights of given widths need no singular values, which take minutes of a large model.
+    decomposed = init == "svd" or latent_energy is not None or query_energy is not None
+    widest = min(sizes.heads * sizes.head_dim, source.config.hidden_size)
     for layer_idx in progress(replaced, "singular values"):
         attention = host.attention_layers()[layer_idx]
-        factors = _factors(attention, sizes)
-        latent = _rank(factors["latent"], latent_dim, latent_energy, variant)
+        factors = _factors(attention, sizes) if decomposed else {}
+        latent = _rank(factors, "latent", latent_dim, latent_energy, variant)
         if query_latent_dim is None and query_energy is None:
-            query_rank = min(_matching_rank(source, sizes, latent), len(factors["query"].values))
+            query_rank = min(_matching_rank(source, sizes, latent), widest)
         else:
-            query_rank = _rank(factors["query"], query_latent_dim, query_energy, variant)
+            query_rank = _rank(factors, "query", query_latent_dim, query_energy, variant)
         layer = _latent_layer(source, attention, sizes, layer_idx, latent, query_rank, latent_norm)
         if init == "svd":
             _fill(layer, attention, factors, sizes, variant)
@@ -224,10 +227,12 @@ def _factors(attention: nn.Module, sizes: _Sizes) -> dict[str, _Factors]:
     return {name: _Factors(*torch.linalg.svd(x, full_matrices=False)) for name, x in rows.items()}
 
 
-def _rank(factors: _Factors, width: int | None, share: float | None, variant: str) -> int:
+def _rank(
+    factors: dict[str, _Factors], name: str, width: int | None, share: float | None, variant: str
+) -> int:
     if width is not None:
         return width
-    return energy_rank(factors.values, share or 0.0, variant)
+    return energy_rank(factors[name].values, share or 0.0, variant)
 
 
 def energy_rank(singular_values: Tensor, share: float, variant: str = "paper") -> int:

@@ -11,6 +11,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+# Of a timeout, after which a sum on the device is given up: before NCCL's own end of it.
+_SHARE = 0.8
+
 
 class LostPeerError(ConnectionError):
     """Another rank did not answer: its process ended, it gave up, or nothing came from it in time."""
@@ -59,6 +62,8 @@ class Collectives:
         self.ranks = list(range(dist.get_world_size()) if ranks is None else ranks)
         num_parts = len(self.ranks) // num_shards
         self.peer_ranks = self.ranks[self.ranks.index(self.rank) % num_parts :: num_parts]
+        # When the device has made the last sum; the host's sums have ended when they return.
+        self._made: torch.cuda.Event | None = None
         self.group = None if ranks is None else self._new_group(self.ranks)
         together = self.peer_ranks == self.ranks
         self.peers = self.group if together else self._new_group(self.peer_ranks)
@@ -71,6 +76,24 @@ class Collectives:
     def sum_over_shards(self, x: torch.Tensor, purpose: str, layer_idx: int) -> torch.Tensor:
         """Returns the sum of `x` over the ranks that hold the other shards of the same heads."""
         return self._sum(x, self.peers, self.peer_ranks, purpose, layer_idx)
+
+    def settle(self) -> None:
+        """Waits until the device has made all sums so far, for four fifths of `timeout`; without one not at all.
+
+        NCCL's sums return at once. With a lost rank they never end, and nor would the next copy to the host; when the
+        whole of `timeout` is over NCCL ends the process.
+
+        Raises:
+            LostPeerError: they have not ended in that time.
+        """
+        if self.timeout is None or self._made is None:
+            return
+        longest = _SHARE * self.timeout.total_seconds()
+        end = time.monotonic() + longest
+        while not self._made.query():
+            if time.monotonic() > end:
+                sentence = f"{self._waits_for(self.ranks)} to make the sums of a step"
+                raise LostPeerError(f"{sentence}; nothing came within {longest:g} s.")
 
     def close(self) -> None:
         """Gives back the groups that were formed here; nothing can be summed afterwards."""
@@ -96,6 +119,9 @@ class Collectives:
         x = x.contiguous()
         with waiting(f"{self._waits_for(ranks)} to sum the {purpose} of layer {layer_idx}", self.timeout):
             dist.all_reduce(x, group=group)
+        if x.is_cuda:
+            self._made = self._made or torch.cuda.Event()
+            self._made.record()
         return x
 
     def _new_group(self, ranks: list[int]) -> dist.ProcessGroup:

@@ -159,6 +159,8 @@ def load_distributed(
     _read_parts(model, path, slices, dtype or config.dtype or torch.float32)
     model.to(device).eval()
     model.collectives = collectives
+    # A step ends with a copy to the host, which would wait for a lost rank for ever.
+    model.register_forward_hook(lambda *_: collectives.settle())
     return model
 
 

@@ -34,7 +34,8 @@ class Separation:
     others learn of it without waiting for their timeout. After an error the process group is of no more use.
 
     What is cached travels on the model's device (NCCL for CUDA, gloo for the CPU), headers, tokens and meetings on the
-    host. So on CUDA the process group needs both: `init_process_group("cpu:gloo,cuda:nccl")`.
+    host. So on CUDA the process group needs both: `init_process_group("cpu:gloo,cuda:nccl")`, with a timeout longer
+    than this one, at the end of which NCCL ends the process.
 
     Args:
         prefill_ranks: ranks that read prompts, or how many of the first ranks do.
@@ -143,7 +144,21 @@ class Separation:
             collectives=self._collectives,
         )
         self._meet("to load its part of the model")
+        self._connect(model.device)
         return model, tokenizer
+
+    def _connect(self, device: torch.device) -> None:
+        # NCCL makes the connection of two ranks with their first message, which takes a second.
+        if device.type != "cuda":
+            return
+        word = torch.zeros(1, device=device)
+        if self.prefills:
+            for rank in self.roles.receivers(self.rank):
+                self.send(word, rank, "meeting", "to connect")
+            self.flush()
+        else:
+            sender = self.roles.sender(self.rank)
+            self.wait(self.receive(word, sender, "meeting", "to connect"), sender, "to connect")
 
     def columns(self, layer_idx: int, latent_dim: int, decode_rank: int) -> slice:
         """Returns the columns of a layer's latent that a decode rank holds; for the checkpoint that was opened."""
@@ -208,3 +223,9 @@ class Separation:
                     with suppress(RuntimeError):
                         nothing = dist.irecv(torch.empty(1), rank, group=group, tag=_NOTHING)
                         nothing.wait(timedelta(milliseconds=1))
+        # What a lost rank has left unfinished on the device would hold up the end of this process. Torch has no public
+        # way to give up NCCL's part of a group alone.
+        if "nccl" in dist.get_backend_config():
+            for group in {dist.group.WORLD, *groups} - {None}:
+                with suppress(RuntimeError):
+                    group._get_backend(torch.device("cuda")).abort()

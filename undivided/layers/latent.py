@@ -223,10 +223,14 @@ class LatentAttention(CausalAttention):
     ) -> torch.Tensor:
         """Returns `[B, N, C]` for the next tokens of sequences whose cache is in pages, and adds their rows to it."""
         query_nope, query_rope = self.queries(hidden_states).split([self.nope_dim, self.rope_dim], dim=-1)
-        cos = sin = None
+        cos = sin = rotated = None
         if self.rope_dim > 0:
             cos, sin = self.selected_tables(position_embeddings)
-            query_rope = apply_rotary(query_rope, cos, sin, self.rope_interleaved)
+            if torch.is_grad_enabled() and query_rope.requires_grad:
+                query_rope = apply_rotary(query_rope, cos, sin, self.rope_interleaved)
+            else:
+                # In place, by the kernel that appends; a gradient would not see it.
+                rotated = query_rope
         normalised = isinstance(self.kv_a_layernorm, LatentNorm)
         append_latent(
             self.kv_a_proj_with_mqa(hidden_states), cos, sin,
@@ -234,6 +238,7 @@ class LatentAttention(CausalAttention):
             eps=self.kv_a_layernorm.eps if normalised else 0.0, interleaved=self.rope_interleaved,
             block_table=rows.block_table, counts=rows.counts,
             shard_scale=self.shard_energies() if normalised else None,
+            query_rope=rotated,
             backend="reference" if rows.backend == "reference" else "auto",
         )  # fmt: skip
         return self.project_output(self.mix(self.attend_rows(query_nope, query_rope, rows), hidden_states))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from undivided.models.bases import attention_layers
+from undivided.training.compiling import compiled_layers
 from undivided.training.trainers import DistillationTrainer, LayerwiseTrainer
 
 STAGES = ("layers", "logits")
@@ -34,6 +36,7 @@ class Recipe:
         weight_decay: of AdamW.
         kl, cross_entropy, features, temperature: as in `DistillationTrainer`; of stage "logits".
         bf16: bfloat16 by autocast, over weights in the model's own dtype.
+        compile: whether layers and divergence are compiled (`undivided.training.compiling`) before the first step.
         train_on: "all" parameters or only those of "attention" layers.
         seed: of the order of the text.
         evaluations: how often the model is evaluated, evenly over the tokens, beside once before.
@@ -55,6 +58,7 @@ class Recipe:
     features: float = 0.0
     temperature: float = 1.0
     bf16: bool = False
+    compile: bool = False
     train_on: str = "all"
     seed: int = 0
     evaluations: int = 4
@@ -125,7 +129,8 @@ def heal(
         say(f"going on from {Path(resume).name}")
     (folder / "recipe.json").write_text(json.dumps(asdict(recipe)))
     try:
-        trainer.train(resume_from_checkpoint=resume or None)
+        with compiled_layers(model, teacher) if recipe.compile else nullcontext():
+            trainer.train(resume_from_checkpoint=resume or None)
     finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(was_training[name])
@@ -156,6 +161,7 @@ class _Journal(TrainerCallback):
         say: Callable[[str], None],
     ) -> None:
         self.path, self.steps, self.evaluate, self.say = path, steps, evaluate, say
+        self.compile = recipe.compile
         self.tokens_a_step = recipe.batch_size * length
         self.due = {math.ceil(steps * k / recipe.evaluations) for k in range(1, recipe.evaluations + 1)}
 
@@ -180,7 +186,9 @@ class _Journal(TrainerCallback):
         if self.evaluate is None:
             return
         model.eval()
-        found = self.evaluate(model)
+        # What is evaluated has lengths of its own, and a compilation of each would take longer than it saves.
+        with torch.compiler.set_stance("force_eager") if self.compile else nullcontext():
+            found = self.evaluate(model)
         model.train()
         self._write({"step": step, **found})
         figures = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
@@ -233,7 +241,7 @@ def _trainer(
         trainer: Trainer = LayerwiseTrainer(**given)
     else:
         weights = {name: getattr(recipe, name) for name in ("kl", "cross_entropy", "features", "temperature")}
-        trainer = DistillationTrainer(**given, **weights)
+        trainer = DistillationTrainer(**given, **weights, compile_loss=recipe.compile)
     # It prints every loss on stdout, where results go.
     trainer.remove_callback(PrinterCallback)
     return trainer

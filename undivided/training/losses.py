@@ -51,7 +51,8 @@ def distillation_loss(
     weights = rows[0].new_ones(len(rows[0])) if mask is None else mask.flatten().to(student.dtype)
     weights = weights.to(torch.promote_types(student.dtype, torch.float32))
     total = sum(
-        checkpoint(_weighted_divergence, s, t, w, temperature, use_reentrant=False)
+        # Nothing is drawn at random in it, and a CUDA graph could not keep a generator's state.
+        checkpoint(_weighted_divergence, s, t, w, temperature, use_reentrant=False, preserve_rng_state=False)
         for s, t, w in zip(rows[0].split(_ROWS), rows[1].split(_ROWS), weights.split(_ROWS), strict=True)
     )
     return temperature**2 * total / weights.sum().clamp(min=1)

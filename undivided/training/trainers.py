@@ -34,6 +34,7 @@ class DistillationTrainer(_TaughtTrainer):
         teacher: a model with the same tokens; frozen.
         kl, cross_entropy, features: weights of the three terms; at least one is positive.
         temperature: of the distributions.
+        compile_loss: whether the divergence is compiled, which then reads the logits twice and not some twenty times.
         args, kwargs: those of `transformers.Trainer`.
 
     Raises:
@@ -48,6 +49,7 @@ class DistillationTrainer(_TaughtTrainer):
         cross_entropy: float = 0.0,
         features: float = 0.0,
         temperature: float = 1.0,
+        compile_loss: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, teacher=teacher, **kwargs)
@@ -56,6 +58,7 @@ class DistillationTrainer(_TaughtTrainer):
             raise ValueError(f"{weights}: weights must be 0 or more, and at least one above 0.")
         self.kl, self.cross_entropy, self.features = kl, cross_entropy, features
         self.temperature = temperature
+        self.divergence = torch.compile(distillation_loss) if compile_loss else distillation_loss
 
     def compute_loss(
         self,
@@ -67,7 +70,11 @@ class DistillationTrainer(_TaughtTrainer):
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
         given["output_hidden_states"] = self.features > 0
-        out = model(**given, labels=ids if mask is None else ids.masked_fill(mask == 0, -100))
+        if self.cross_entropy > 0:
+            labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
+            out = model(**given, labels=labels)
+        else:
+            out = model(**given)
         # What layers return beside their output is in the model's loss already; it counts whatever the weights.
         auxiliary = getattr(out, "aux_loss", None)
         loss = torch.zeros((), device=ids.device) if auxiliary is None else auxiliary
@@ -79,7 +86,7 @@ class DistillationTrainer(_TaughtTrainer):
                 taught = self.teacher(**given)
         if self.kl > 0:
             predicted = None if mask is None else mask[:, 1:].bool()
-            loss = loss + self.kl * distillation_loss(
+            loss = loss + self.kl * self.divergence(
                 out.logits[:, :-1], taught.logits[:, :-1], predicted, temperature=self.temperature
             )
         if self.features > 0:

@@ -1,4 +1,4 @@
-"""What stands between a layer's projection and its latent cache: normalise, rotate, and write the row."""
+"""What stands between a layer's projections and its latent cache: normalise, rotate, and write the row."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def append_latent(
     counts: torch.Tensor | None = None,
     shard_scale: torch.Tensor | None = None,
     latent_scale: torch.Tensor | None = None,
+    query_rope: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """Writes new tokens into a latent cache: `[RMSNorm(c), RoPE(k)]` from the raw projection `[c, k]`.
@@ -36,7 +37,8 @@ def append_latent(
     `c_j <- weight_j * c_j / sqrt(shard_scale_j * |c_j|^2 / latent_dim + eps)` over equal shards j of the latent (one
     of scale 1 by default: RMSNorm), and each pair `(a, b)` of k becomes `(a cos - b sin, b cos + a sin)`. Token t of
     sequence b goes to position `lengths[b] + t`. Everything is computed in float32 at least and rounded once. No
-    value is read on the host: a CUDA graph of the call follows `lengths`, `counts` and `block_table`.
+    value is read on the host: a CUDA graph of the call follows `lengths`, `counts` and `block_table`. Queries may
+    be rotated on the way.
 
     Args:
         row: `[batch, tokens, latent_dim + rope_dim]`, what `kv_a_proj_with_mqa` gives.
@@ -54,6 +56,7 @@ def append_latent(
             j of g alone, `row` has that shard, and its scale is divided by g.
         latent_scale: changed in place, for an fp8 cache: `[batch, positions]` or `[pages, page_size]`, float32. A
             row is divided by `max |row| / 448`, which is kept here, as `latent_attention` wants it.
+        query_rope: `[batch, heads, tokens, rope_dim]`, changed in place: rotated as k is, for every token.
         backend: "auto", "triton" or "reference".
 
     Raises:
@@ -117,6 +120,18 @@ def append_latent(
             f"latent_scale is {latent_scale.dtype} {list(latent_scale.shape)}; it needs torch.float32 "
             f"{list(cache.shape[:2])}."
         )
+    if query_rope is not None:
+        if cos is None:
+            raise ValueError("query_rope is given, but cos and sin are None; give the angles of its tokens.")
+        _rules.check_rank(4, "[batch, heads, tokens, rope_dim]", query_rope=query_rope)
+        if query_rope.shape[0] != batch or tuple(query_rope.shape[2:]) != (tokens, rope_dim):
+            raise ValueError(
+                f"query_rope has shape {list(query_rope.shape)}; it needs [{batch}, heads, {tokens}, {rope_dim}]."
+            )
+        if torch.is_grad_enabled() and query_rope.requires_grad:
+            raise ValueError("query_rope needs a gradient, and is changed in place; rotate it by itself.")
+        if query_rope.dtype != row.dtype:
+            raise TypeError(f"query_rope has dtype {query_rope.dtype}, but row has {row.dtype}.")
     arguments = {
         "row": row,
         "cos": cos,
@@ -130,6 +145,7 @@ def append_latent(
         "counts": counts,
         "shard_scale": shard_scale,
         "latent_scale": latent_scale,
+        "query_rope": query_rope,
     }
     # What is in a cache has no history.
     with torch.no_grad():

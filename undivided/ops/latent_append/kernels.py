@@ -9,7 +9,8 @@ from undivided.ops._triton import availability, capability, has_capability, inte
 torch.library.define(
     "undivided::latent_append",
     "(Tensor row, Tensor? cos, Tensor? sin, Tensor? norm_weight, Tensor(a!) cache, Tensor lengths, float eps, "
-    "bool interleaved, Tensor? block_table, Tensor? counts, Tensor? shard_scale, Tensor(b!)? latent_scale) -> ()",
+    "bool interleaved, Tensor? block_table, Tensor? counts, Tensor? shard_scale, Tensor(b!)? latent_scale, "
+    "Tensor(c!)? query_rope) -> ()",
 )
 
 
@@ -26,12 +27,13 @@ def _fake(*_):
 
 
 def append_triton(**arguments):
-    """One kernel: a program a token."""
+    """One kernel: a program a token, and one for each sixteen of its query heads."""
     torch.ops.undivided.latent_append(*arguments.values())
 
 
 def reasons(
-    row, cos, sin, norm_weight, cache, lengths, eps, interleaved, block_table, counts, shard_scale, latent_scale
+    row, cos, sin, norm_weight, cache, lengths, eps, interleaved, block_table, counts, shard_scale, latent_scale,
+    query_rope,
 ) -> list[str]:  # fmt: skip
     missing = availability()
     if missing:
@@ -54,6 +56,7 @@ def reasons(
         "counts": counts,
         "shard_scale": shard_scale,
         "latent_scale": latent_scale,
+        "query_rope": query_rope,
     }
     for name, tensor in {"row": row, **beside}.items():
         if tensor is not None and tensor.device != device:

@@ -12,7 +12,8 @@ def reasons(**arguments: object) -> list[str]:
 
 
 def append(
-    row, cos, sin, norm_weight, cache, lengths, eps, interleaved, block_table, counts, shard_scale, latent_scale
+    row, cos, sin, norm_weight, cache, lengths, eps, interleaved, block_table, counts, shard_scale, latent_scale,
+    query_rope,
 ):  # fmt: skip
     dtype = torch.promote_types(row.dtype, torch.float32)
     rope_dim = 0 if cos is None else 2 * cos.shape[2]
@@ -23,7 +24,10 @@ def append(
         mean_square = scale[:, None] * shards.pow(2).sum(-1, keepdim=True) / latent.shape[-1]
         latent = norm_weight.to(dtype) * (shards * torch.rsqrt(mean_square + eps)).flatten(-2)
     if cos is not None:
-        rope = _rotated(rope, cos.to(dtype), sin.to(dtype), interleaved)
+        cos, sin = cos.to(dtype), sin.to(dtype)
+        rope = _rotated(rope, cos, sin, interleaved)
+    if query_rope is not None:
+        query_rope.copy_(_rotated(query_rope.to(dtype), cos[:, None], sin[:, None], interleaved))
     written = torch.cat([latent, rope], dim=-1)
 
     token = torch.arange(row.shape[1], device=row.device)

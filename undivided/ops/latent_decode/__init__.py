@@ -53,8 +53,8 @@ def latent_attention(
             lies behind is never read. Default: all.
         softcap: bound of the logits; default none.
         block_table: `[batch, max_pages]`, int32: which page holds keys `p * page_size ...` of a sequence.
-        latent_scale: factor of each row of an fp8 cache, `[batch, keys]` or `[pages, page_size]`, float32; it
-            multiplies the latent and the rope key of that row.
+        latent_scale: factor of each row of an fp8 cache, `[batch, keys]` or `[pages, page_size]`, float32 and
+            positive; it multiplies the latent and the rope key of that row.
         num_splits: into how many parts the keys are cut to fill the device; default chosen from the shapes. It
             changes only the order of summation.
         return_lse: also return the log-sum-exp.

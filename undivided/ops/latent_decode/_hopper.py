@@ -22,6 +22,14 @@ VECTOR: gl.constexpr = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
+def release_dependents():
+    """Lets the next kernel be launched once all programs have come here; it waits for their end by itself."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def cache_row(block, base_row, block_table, rows_per_page, BLOCKS_PER_PAGE: gl.constexpr):
     """First row of a block of keys in the flattened cache; a page is one block or several."""
     if BLOCKS_PER_PAGE == 0:

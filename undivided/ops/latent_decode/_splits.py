@@ -12,6 +12,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 _MAX_SPLITS = 256
 # What starting a program costs, merging at all, and merging each part, in blocks of keys (of which a program
@@ -69,8 +70,11 @@ def allocate(query_latent: torch.Tensor, num_splits: int) -> tuple[torch.Tensor,
 def _merge_kernel(
     partial, partial_lse, out, lse, num_rows, num_splits,
     LATENT_DIM: tl.constexpr, STEPS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAPS:
+        # Launched while the decode kernel still runs: what it writes is there behind this line.
+        gdc_wait()
     # Neighbouring programs read neighbouring columns of the same rows.
     column_blocks: tl.constexpr = (LATENT_DIM + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     column_block = tl.program_id(0) % column_blocks
@@ -123,9 +127,16 @@ def _merge_kernel(
 
 
 def merge_splits(
-    partial: torch.Tensor, partial_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+    partial: torch.Tensor,
+    partial_lse: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    overlaps: bool = False,
 ) -> None:
-    """Merges sums `[splits, rows, latent_dim]` and base-2 log-sums `[splits, rows]` into out and lse."""
+    """Merges sums `[splits, rows, latent_dim]` and base-2 log-sums `[splits, rows]` into out and lse.
+
+    `overlaps`: the launch is hidden behind the decode kernel, which says when; needs compute capability 9.0.
+    """
     num_splits, num_rows, latent_dim = partial.shape
     groups = 1 if num_splits <= 32 else 32
     steps = triton.next_power_of_2(triton.cdiv(num_splits, groups))
@@ -135,5 +146,5 @@ def merge_splits(
     _merge_kernel[grid](
         partial, partial_lse, out, lse, num_rows, num_splits,
         LATENT_DIM=latent_dim, STEPS=steps, GROUPS=groups, ROWS=rows, BLOCK_COLUMNS=block_columns,
-        num_warps=4,
+        OVERLAPS=overlaps, num_warps=4, **({"launch_pdl": True} if overlaps else {}),
     )  # fmt: skip

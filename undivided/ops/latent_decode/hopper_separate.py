@@ -28,6 +28,7 @@ from undivided.ops.latent_decode._hopper import (
     load_query,
     mask_scores,
     part_of_sequence,
+    release_dependents,
     row_limits,
     scale_rows,
     store_rows,
@@ -163,6 +164,8 @@ def separate_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
+    if not IS_FINAL:
+        release_dependents()
 
     # int64: a batch of queries may be large, one sequence is not.
     first_head = latent_head * heads_per_latent

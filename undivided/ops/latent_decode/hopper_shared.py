@@ -34,6 +34,7 @@ from undivided.ops.latent_decode._hopper import (
     load_query,
     mask_scores,
     part_of_sequence,
+    release_dependents,
     row_limits,
     scale_rows,
     store_rows,
@@ -244,6 +245,8 @@ def shared_kernel(
     for i in gl.static_range(6):
         mbarrier.init(ready.index(i), count=1 if i < 4 else 2)
     fence_async_shared()
+    if not IS_FINAL:
+        release_dependents()
 
     # int64: a batch of queries may be large, one sequence is not.
     first_head = latent_head * heads_per_latent

@@ -63,7 +63,7 @@ def attend_triton(*, attn_mask, **arguments):
 
 
 def attend_gluon(*, attn_mask, **arguments):
-    """Split-key decode kernels in Gluon, for Hopper: a copy warp and two warpgroups that share the latent's tiles."""
+    """Split-key decode kernels in Gluon, for Hopper: copies beside two warpgroups that share the latent's tiles."""
     return _attend(torch.ops.undivided.latent_decode_hopper, **arguments)
 
 
@@ -134,13 +134,19 @@ def gluon_reasons(
         found.append(f"compute capability is {capability(device.index)} (needs 9.0)")
     if dtype not in (torch.float16, torch.bfloat16):
         found.append(f"query_latent is {_name(dtype)} (needs float16 or bfloat16)")
-    for name, given in (("softcap", softcap), ("latent_scale", latent_scale)):
-        if given is not None:
-            found.append(f'{name} is given (backend "triton" can)')
+    if softcap is not None:
+        found.append('softcap is given (backend "triton" can)')
     if scale <= 0:
         found.append(f"scale is {scale} (needs a positive one)")
     if query_latent.shape[3] not in (64, 128, 256, 512):
         found.append(f"latent_dim is {query_latent.shape[3]} (needs 64, 128, 256 or 512)")
+    if latent_scale is not None:
+        if query_latent.shape[3] not in (256, 512):
+            found.append(f"latent_dim is {query_latent.shape[3]} (an fp8 cache needs 256 or 512)")
+        if latent_scale.dtype != torch.float32 or latent_scale.stride(1) != 1:
+            found.append(
+                f"latent_scale is {_name(latent_scale.dtype)} with stride {latent_scale.stride(1)} (needs float32, 1)"
+            )
     if query_rope is not None and query_rope.shape[3] != 64:
         found.append(f"rope_dim is {query_rope.shape[3]} (needs 64, or none)")
     if latent.shape[2] == 0:
