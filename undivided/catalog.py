@@ -130,7 +130,7 @@ SYSTEMS: tuple[System, ...] = (
         "Adds a stride to window attention and predicts which windows waste no work on a GPU.",
         ("undivided.layers.gna", "undivided.layers.causal_neighborhood", "undivided.ops.neighborhood",
          "undivided.cost.gna"),
-        "partial", "official",
+        "works", "official",
     ),
     System(
         5, "cca", "CCA / CCGQA",
@@ -183,13 +183,13 @@ SYSTEMS: tuple[System, ...] = (
         "Faster Neighborhood Attention: Reducing the O(n^2) Cost of Self Attention at the Threadblock Level",
         2024, "2403.04690", "local",
         "Fuses neighborhood attention in 1-D, 2-D and 3-D into one kernel with linear memory.",
-        ("undivided.ops.neighborhood", "undivided.layers.gna"), "partial", "official",
+        ("undivided.ops.neighborhood", "undivided.layers.gna"), "works", "official",
     ),
     System(
         12, "ggem", "GGeM",
         "Group Generalized Mean Pooling for Vision Transformer", 2022, "2212.04114", "mixer",
         "Pools patch tokens with one learned power a channel group, in place of the class token.",
-        ("undivided.layers.ggem", "undivided.ops.pooling"), "partial", "reconstruction",
+        ("undivided.layers.ggem", "undivided.ops.pooling"), "works", "reconstruction",
     ),
     System(
         13, "yq_lsa", "yq-LSA",
@@ -201,7 +201,7 @@ SYSTEMS: tuple[System, ...] = (
     System(
         14, "dma", "DMA", "Trainable Dynamic Mask Sparse Attention", 2025, "2508.02124", "sparse",
         "Learns from the values which keys a head keeps, the same in training and in decode.",
-        ("undivided.layers.dma", "undivided.ops.dynamic_mask", "undivided.convert.dma"), "partial", "official",
+        ("undivided.layers.dma", "undivided.ops.dynamic_mask", "undivided.convert.dma"), "works", "official",
     ),
     System(
         15, "x_ecomla", "X-EcoMLA",
@@ -215,7 +215,7 @@ SYSTEMS: tuple[System, ...] = (
         "RCMHA: Relative Convolutional Multi-Head Attention for Natural Language Modelling",
         2023, "2308.03429", "mixer",
         "Adds short causal convolutions to relative-position attention in a recurrent-memory model.",
-        ("undivided.layers.rcmha", "undivided.models.transformer_xl", "undivided.ops.relative"), "partial", "official",
+        ("undivided.layers.rcmha", "undivided.models.transformer_xl", "undivided.ops.relative"), "works", "official",
     ),
     System(
         17, "transmla", "TransMLA", "TransMLA: Multi-head Latent Attention Is All You Need",
@@ -242,7 +242,7 @@ SYSTEMS: tuple[System, ...] = (
         "Turns the loops of native sparse attention round, for models with few query heads a group.",
         ("undivided.layers.nsa", "undivided.ops.compressed", "undivided.ops.selected", "undivided.convert.nsa",
          "undivided.cost.fsa"),
-        "partial", "paper",
+        "works", "paper",
     ),
     System(
         21, "sqa", "SQA",
@@ -262,7 +262,7 @@ SYSTEMS: tuple[System, ...] = (
         23, "vig", "ViG", "ViG: Linear-complexity Visual Sequence Learning with Gated Linear Attention",
         2024, "2405.18425", "linear",
         "Scans images in both directions with gated linear attention, for high resolution.",
-        ("undivided.layers.vig", "undivided.models.vision.vig", "undivided.ops.scan"), "partial", "official",
+        ("undivided.layers.vig", "undivided.models.vision.vig", "undivided.ops.scan"), "works", "official",
     ),
     System(
         24, "icl", "ICL regression",
@@ -332,7 +332,7 @@ SYSTEMS: tuple[System, ...] = (
     System(
         33, "fit", "FIT", "FIT: Far-reaching Interleaved Transformers", 2023, "2305.12689", "vision",
         "Interleaves local layers on token groups with global layers on latents, for huge inputs.",
-        ("undivided.layers.fit", "undivided.models.fit"), "partial", "official",
+        ("undivided.layers.fit", "undivided.models.fit"), "works", "official",
     ),
     System(
         34, "cogvla", "CogVLA",
@@ -359,7 +359,7 @@ SYSTEMS: tuple[System, ...] = (
             "undivided.layers.sla", "undivided.ops.sparse_linear", "undivided.ops.block_map",
             "undivided.convert.sla",
         ),
-        "partial", "official",
+        "works", "official",
     ),
     System(
         37, "geometric_attention", "Geometric Attention",
@@ -378,13 +378,13 @@ SYSTEMS: tuple[System, ...] = (
     System(
         39, "gcvit", "GC ViT", "Global Context Vision Transformers", 2022, "2206.09959", "vision",
         "Gives windows queries made from the whole image, in place of shifted windows.",
-        ("undivided.layers.gcvit", "undivided.ops.grouped", "undivided.models.vision.gcvit"), "partial", "official",
+        ("undivided.layers.gcvit", "undivided.ops.grouped", "undivided.models.vision.gcvit"), "works", "official",
     ),
     System(
         40, "ela", "ELA", "ELA: Efficient Local Attention for Deep Convolutional Neural Networks",
         2024, "2403.01123", "mixer",
         "Gates the rows and columns of a CNN's feature maps to localise objects at little cost.",
-        ("undivided.layers.ela", "undivided.ops.strips"), "partial", "official",
+        ("undivided.layers.ela", "undivided.ops.strips"), "works", "official",
     ),
     System(
         41, "lrgt", "LRGT", "Long-Range Grouping Transformer for Multi-View 3D Reconstruction",
@@ -429,7 +429,7 @@ SYSTEMS: tuple[System, ...] = (
     System(
         47, "tic", "TiC", "TiC: Exploring Vision Transformer in Convolution", 2023, "2310.04134", "local",
         "Makes attention slide like a convolution, so that one model takes images of any size.",
-        ("undivided.layers.tic", "undivided.ops.msa_conv", "undivided.models.vision.tic"), "partial", "reconstruction",
+        ("undivided.layers.tic", "undivided.ops.msa_conv", "undivided.models.vision.tic"), "works", "reconstruction",
     ),
     System(
         48, "sparsifiner", "Sparsifiner",
@@ -437,7 +437,7 @@ SYSTEMS: tuple[System, ...] = (
         2023, "2303.13755", "sparse",
         "Predicts for each image, head and query which keys to attend, to make a trained ViT cheaper.",
         ("undivided.layers.sparsifiner", "undivided.ops.listed", "undivided.convert.sparsifiner"),
-        "partial", "official",
+        "works", "official",
     ),
     System(
         49, "catanet", "CATANet",
@@ -479,7 +479,7 @@ SYSTEMS: tuple[System, ...] = (
         54, "rala", "RALA / RAVLT", "Breaking the Low-Rank Dilemma of Linear Attention",
         2024, "2411.07635", "linear",
         "Raises the rank of linear attention by token weights and modulation, for vision backbones.",
-        ("undivided.layers.rala", "undivided.models.vision.ravlt", "undivided.ops.linear"), "partial", "official",
+        ("undivided.layers.rala", "undivided.models.vision.ravlt", "undivided.ops.linear"), "works", "official",
     ),
 )
 # fmt: on

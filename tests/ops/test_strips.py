@@ -16,6 +16,7 @@ CASES = {
     ),
     "one row": dict(shape=(2, 8, 1, 6), conv_groups=8, norm_groups=2),
     "several tiles": dict(shape=(1, 70, 8, 12), conv_groups=70, norm_groups=2),
+    "many channels a group": dict(shape=(1, 128, 4, 3), conv_groups=128, norm_groups=2),
     "higher than a tile": dict(shape=(1, 2, 70, 66), conv_groups=2, norm_groups=1),
 }
 

@@ -13,8 +13,8 @@ import triton.language as tl
 
 from undivided.ops._triton import interprets
 
-# Entries that a step of a program reads in one go, and how often it does so in a step.
-_ENTRIES, _REPEATS, _WARPS = 1024, 4, 4
+# Entries of a tile. The forward takes four tiles in a step.
+_ENTRIES, _WARPS = 1024, 4
 # Programs that fill a GPU; with fewer, fewer channels go to one.
 _MANY_PROGRAMS = 1024
 
@@ -30,10 +30,15 @@ def _log2(x, APPROXIMATE: tl.constexpr):
 
 
 @triton.jit
-def _places(start, stride_n, channel_offset, REPEATS: tl.constexpr, ROWS: tl.constexpr):
-    """Tokens of a step `[REPEATS, ROWS, 1]`, and their entries' offsets `[REPEATS, ROWS, channels]`."""
-    row = start + tl.arange(0, REPEATS)[:, None, None] * ROWS + tl.arange(0, ROWS)[None, :, None]
-    return row, row * stride_n + channel_offset[None, None, :]
+def _logarithms(
+    x, p, eps, first, tokens, stride_n, offset, inside, ROWS: tl.constexpr, APPROXIMATE: tl.constexpr
+):
+    """`p log2(max(x, eps))` of tokens `first ...`, `[ROWS, channels]`; -inf for those that do not exist."""
+    row = first + tl.arange(0, ROWS)
+    present = (row < tokens)[:, None]
+    entry = tl.load(x + row[:, None] * stride_n + offset[None, :], mask=present & inside[None, :], other=1.0)
+    logs = _log2(tl.maximum(entry.to(tl.float32), eps), APPROXIMATE) * p[None, :]
+    return tl.where(present, logs, float("-inf"))
 
 
 # One program: BLOCK_C channels of one image, all tokens. In registers: of each of ROWS tokens and of each channel a
@@ -42,8 +47,7 @@ def _places(start, stride_n, channel_offset, REPEATS: tl.constexpr, ROWS: tl.con
 @triton.jit(do_not_specialize=("tokens",))
 def _forward_kernel(
     x, power, out, log_out, eps, tokens, channels, stride_b, stride_n, stride_c,
-    BLOCK_C: tl.constexpr, ROWS: tl.constexpr, REPEATS: tl.constexpr, APPROXIMATE: tl.constexpr,
-    WITH_LOG: tl.constexpr,
+    BLOCK_C: tl.constexpr, ROWS: tl.constexpr, APPROXIMATE: tl.constexpr, WITH_LOG: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -55,14 +59,17 @@ def _forward_kernel(
     # Finite, so that a thread without tokens subtracts no infinities.
     top = tl.full([ROWS, BLOCK_C], -1e30, tl.float32)
     total = tl.zeros([ROWS, BLOCK_C], tl.float32)
-    for start in tl.range(0, tokens, ROWS * REPEATS):
-        row, place = _places(start, stride_n, offset, REPEATS, ROWS)
-        present = row < tokens
-        entry = tl.load(x + place, mask=present & inside[None, None, :], other=1.0)
-        logs = _log2(tl.maximum(entry.to(tl.float32), eps), APPROXIMATE) * p[None, None, :]
-        logs = tl.where(present, logs, float("-inf"))
-        new_top = tl.maximum(top, tl.max(logs, 0))
-        total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(logs - new_top[None, :, :]), 0)
+    for start in tl.range(0, tokens, 4 * ROWS):
+        # Four tiles at once: four loads are under way, and what was summed before is scaled once.
+        first = _logarithms(x, p, eps, start, tokens, stride_n, offset, inside, ROWS, APPROXIMATE)
+        second = _logarithms(x, p, eps, start + ROWS, tokens, stride_n, offset, inside, ROWS, APPROXIMATE)
+        third = _logarithms(x, p, eps, start + 2 * ROWS, tokens, stride_n, offset, inside, ROWS, APPROXIMATE)
+        fourth = _logarithms(x, p, eps, start + 3 * ROWS, tokens, stride_n, offset, inside, ROWS, APPROXIMATE)
+        new_top = tl.maximum(top, tl.maximum(tl.maximum(first, second), tl.maximum(third, fourth)))
+        total = total * tl.exp2(top - new_top) + (
+            (tl.exp2(first - new_top) + tl.exp2(second - new_top))
+            + (tl.exp2(third - new_top) + tl.exp2(fourth - new_top))
+        )
         top = new_top
     largest = tl.max(top, 0)
     whole = tl.sum(total * tl.exp2(top - largest[None, :]), 0)
@@ -78,8 +85,7 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=("tokens",))
 def _backward_kernel(
     dout, x, power, log_out, dx, dpower, eps, tokens, channels, stride_b, stride_n, stride_c,
-    dx_stride_b, dx_stride_n, dx_stride_c, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, REPEATS: tl.constexpr,
-    APPROXIMATE: tl.constexpr,
+    dx_stride_b, dx_stride_n, dx_stride_c, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -94,18 +100,18 @@ def _backward_kernel(
     offset = column.to(tl.int64) * stride_c
     dx_offset = column.to(tl.int64) * dx_stride_c
     total = tl.zeros([ROWS, BLOCK_C], tl.float32)
-    for start in tl.range(0, tokens, ROWS * REPEATS):
-        row, place_x = _places(start, stride_n, offset, REPEATS, ROWS)
-        mask = (row < tokens) & inside[None, None, :]
-        entry = tl.load(x + place_x, mask=mask, other=1.0).to(tl.float32)
+    for start in tl.range(0, tokens, ROWS):
+        row = start + tl.arange(0, ROWS)
+        mask = (row < tokens)[:, None] & inside[None, :]
+        entry = tl.load(x + row[:, None] * stride_n + offset[None, :], mask=mask, other=1.0).to(tl.float32)
         above = tl.maximum(entry, eps)
-        relative = _log2(above, APPROXIMATE) - log_mean[None, None, :]
-        share = tl.exp2((p - 1.0)[None, None, :] * relative)
-        weight = share * above * over_mean[None, None, :] * relative
-        total += tl.sum(tl.where(mask, weight, 0.0), 0)
-        gradient = tl.where(entry > eps, share, 0.0) * slope[None, None, :]
-        place_dx = _places(start, dx_stride_n, dx_offset, REPEATS, ROWS)[1]
-        tl.store(dx + place_dx, gradient.to(dx.dtype.element_ty), mask=mask)
+        relative = _log2(above, APPROXIMATE) - log_mean[None, :]
+        share = tl.exp2((p - 1.0)[None, :] * relative)
+        total += tl.where(mask, share * above * over_mean[None, :] * relative, 0.0)
+        gradient = tl.where(entry > eps, share, 0.0) * slope[None, :]
+        tl.store(
+            dx + row[:, None] * dx_stride_n + dx_offset[None, :], gradient.to(dx.dtype.element_ty), mask=mask
+        )
     # Logarithms are in base 2.
     dp = slope * tl.exp2(log_mean) / p * tl.sum(total, 0) * 0.6931471805599453
     tl.store(dpower + place, dp, mask=inside)
@@ -123,7 +129,6 @@ def _cut(x: torch.Tensor) -> dict[str, int]:
     return {
         "BLOCK_C": block,
         "ROWS": _ENTRIES // block,
-        "REPEATS": _REPEATS,
         "APPROXIMATE": approximate,
         "num_warps": _WARPS,
     }

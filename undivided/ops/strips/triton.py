@@ -19,6 +19,8 @@ import triton.language as tl
 # Elements of a tile of the map, where several small maps make it up, and of a strip's group that one program norms,
 # alone and between the two passes.
 _TILE, _SMALL_TILE, _LARGEST_GROUP, _LARGEST_FUSED = 4096, 2048, 16384, 4096
+# Channels side by side that a program of the single launch has at least.
+_FEWEST_CHANNELS = 32
 _SIZES = ("height", "width")
 
 
@@ -352,10 +354,15 @@ def has_gate_kernel(channels: int, norm_groups: int, length: int) -> bool:
 
 
 def is_one_launch(x: torch.Tensor, conv_groups: int, norm_groups: int) -> bool:
-    """Whether one program can have all channels of a group of the norm, and all that the convolution mixes there."""
+    """Whether one program can have all channels of a group of the norm, and all that the convolution mixes there.
+
+    Where channels lie side by side, few of them are too short a stretch of memory: 16 in bfloat16 took 1.39 ms on an
+    H100 for maps of 56 x 56, a launch a step 0.87 ms; 32 at 28 x 28 were faster in one launch.
+    """
     channels = x.shape[1] // norm_groups
     fits = triton.next_power_of_2(channels) * triton.next_power_of_2(max(x.shape[2:])) <= _LARGEST_FUSED
-    return fits and channels % (x.shape[1] // conv_groups) == 0
+    is_read_well = x.stride(1) != 1 or channels >= _FEWEST_CHANNELS
+    return fits and is_read_well and channels % (x.shape[1] // conv_groups) == 0
 
 
 def attend(x, weights, conv_groups, norm_groups, eps, is_circular, residual):
