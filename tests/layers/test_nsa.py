@@ -289,6 +289,21 @@ def test_texts_packed_into_one_row_are_each_alone(kind):
     torch.testing.assert_close(found, packed, **EXACT)
 
 
+def test_one_mask_of_packed_texts_serves_all_rows():
+    model = model_of()
+    ids = torch.randint(1, VOCAB_SIZE, (2, 24))
+    owner = torch.arange(24) >= 10
+    mask = ((owner[:, None] == owner[None]) & torch.ones(24, 24).tril().bool())[None, None]
+    places = (torch.arange(24) - 10 * owner)[None]
+    layer = model.attention_layers()[0]
+    x = torch.randn(2, 24, model.config.base_config.hidden_size, dtype=torch.float64)
+    tables = model.native.model.rotary_emb(x, places.expand(2, -1))
+    one, all_rows = (
+        layer(x, position_embeddings=tables, attention_mask=m)[0] for m in (mask, mask.expand(2, -1, -1, -1))
+    )
+    torch.testing.assert_close(one, all_rows, **EXACT)
+
+
 def test_other_masks_are_refused():
     layer, x = layer_of(), hidden_states(9)
     window = torch.ones(9, 9).tril().triu(-2).bool()[None, None].expand(2, -1, -1, -1)

@@ -183,6 +183,12 @@ x = [torch.empty(1, 2, 256, 96, dtype=torch.bfloat16) for _ in range(6)]
 tables = [torch.empty(256, 48) for _ in range(2)]
 triton.forward(*x[:3], "elu1", True, 0.1, *tables, *x[3:5], True, 1e-6)
 backward.backward(x[5], *x[:5], *tables, "elu1", True, 0.1, True, 1e-6)
+# Narrow heads, without rotation, local term and modulation.
+query, key = (torch.empty(1, 2, 75, 16, dtype=torch.bfloat16) for _ in range(2))
+value, dout = (torch.empty(1, 2, 75, 24, dtype=torch.bfloat16) for _ in range(2))
+for weights in (False, True):
+    tensors = (query, key, value, None, None, None, None)
+    backward.backward(dout, *tensors, "elu1", weights, 0.1, True, 1e-6)
 """
 
 

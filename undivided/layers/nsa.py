@@ -161,6 +161,9 @@ class NSAttention(GQAttention):
             cache = own_cache_layer(past_key_values, self.layer_idx, NSACacheLayer, NSACacheLayer)
         before = 0 if cache is None else int(cache.get_seq_length())
         texts = packed_texts(attention_mask, length) if cache is None else None
+        if texts is not None and len(texts) == 1:
+            # One mask for all rows.
+            texts = texts * len(query)
         padding = None if texts is not None else padding_before(attention_mask, length, before + length)
         if cache is not None and past_key_values is not None:
             if before == 0:

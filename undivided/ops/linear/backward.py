@@ -112,14 +112,15 @@ def _buffer_gradient_kernel(
         turned_first, turned_second = first, second
         if ROTATE:
             turned_first, turned_second = rotated(first, second, cos, sin, place, count, WIDTH, COLUMNS)
+        # Not yet divided: Triton 3.6 compiles no division of this product where it is used by a sum alone.
         y = tl.dot(turned_first, buffer_first, input_precision=PRECISION)
-        y = tl.dot(turned_second, buffer_second, y, input_precision=PRECISION) / norm[:, None]
+        y = tl.dot(turned_second, buffer_second, y, input_precision=PRECISION)
         if MODULATE or LOCAL:
             mask = (place < count)[:, None] & (column < VALUE_WIDTH)[None, :]
             row = ((batch * count + place) * heads + head) * VALUE_WIDTH
             offset = row[:, None] + column[None, :]
         if MODULATE:
-            before = y
+            before = y / norm[:, None]
             if LOCAL:
                 before += _load_values(local, place, count, local_stride_n, VALUE_WIDTH, VALUES)
             tl.store(dmodulation + offset, (gradient * before).to(dmodulation.dtype.element_ty), mask=mask)
@@ -130,7 +131,7 @@ def _buffer_gradient_kernel(
         added_first = tl.dot(tl.trans(turned_first), gradient, added_first, input_precision=PRECISION)
         added_second = tl.dot(tl.trans(turned_second), gradient, added_second, input_precision=PRECISION)
         if NORMALIZE:
-            dnorm = -tl.sum(gradient * y, 1)
+            dnorm = -tl.sum(gradient * y, 1) / norm
             dmean_first += tl.sum(first * dnorm[:, None], 0)
             dmean_second += tl.sum(second * dnorm[:, None], 0)
     part = index * tl.num_programs(1) + share
