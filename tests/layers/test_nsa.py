@@ -291,7 +291,6 @@ def test_texts_packed_into_one_row_are_each_alone(kind):
 
 def test_one_mask_of_packed_texts_serves_all_rows():
     model = model_of()
-    ids = torch.randint(1, VOCAB_SIZE, (2, 24))
     owner = torch.arange(24) >= 10
     mask = ((owner[:, None] == owner[None]) & torch.ones(24, 24).tril().bool())[None, None]
     places = (torch.arange(24) - 10 * owner)[None]
