@@ -183,7 +183,7 @@ SYSTEMS: tuple[System, ...] = (
         "Faster Neighborhood Attention: Reducing the O(n^2) Cost of Self Attention at the Threadblock Level",
         2024, "2403.04690", "local",
         "Fuses neighborhood attention in 1-D, 2-D and 3-D into one kernel with linear memory.",
-        ("undivided.ops.neighborhood", "undivided.layers.gna"), "works", "official",
+        ("undivided.ops.neighborhood", "undivided.layers.gna"), "partial", "official",
     ),
     System(
         12, "ggem", "GGeM",
